@@ -1,0 +1,87 @@
+"""Parallel: one kernel for branches that read the same signal and are joined."""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from fxexpand.algebra.kernel import Ints, Kernel, Sides, with_groups
+from fxexpand.algebra.refusal import Refusal
+
+
+def add(a: Kernel, b: Kernel) -> Kernel | Refusal:
+    """The kernel of ``a + b``.
+
+    Before:  y = a(x) + b(x)
+    After:   y = add(a, b)(x)
+
+    Identity: (W_a + W_b) · x = W_a · x + W_b · x, the taps aligned by their offset δ·u − p.
+    Exact when: channels and strides agree and both give the same output size for every input size, which is when
+    p − δ·(k − 1), summed over both sides, agrees on every axis. Differentiable in both kernels.
+    """
+    refusal = _mismatch(a, b)
+    if refusal is not None:
+        return refusal
+    groups = gcd(a.groups, b.groups)
+    a, b = with_groups(a, groups), with_groups(b, groups)
+    grid = [_common_grid(a, b, axis) for axis in range(a.dims)]
+    dilation = tuple(step for step, _, _ in grid)
+    size = tuple(count for _, count, _ in grid)
+    padding = tuple(sides for _, _, sides in grid)
+    weight = _on_grid(a, dilation, size, padding) + _on_grid(b, dilation, size, padding)
+    return Kernel(weight, _sum_of_biases(a.bias, b.bias), a.stride, padding, dilation, groups)
+
+
+def _mismatch(a: Kernel, b: Kernel) -> Refusal | None:
+    if a.dims != b.dims:
+        return Refusal(f"one branch has {a.dims} spatial axes, the other {b.dims}")
+    if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
+        return Refusal(
+            f"one branch maps {a.in_channels} channels to {a.out_channels}, "
+            f"the other {b.in_channels} to {b.out_channels}"
+        )
+    if a.stride != b.stride:
+        return Refusal(f"the branches have strides {a.stride} and {b.stride}")
+    for axis in range(a.dims):
+        extents = [sum(kernel.padding[axis]) - kernel.reach[axis] for kernel in (a, b)]
+        if extents[0] != extents[1]:
+            return Refusal(
+                f"the branches give outputs of different size on axis {axis}: "
+                f"padding less window is {extents[0]} in one and {extents[1]} in the other"
+            )
+    return None
+
+
+def _common_grid(a: Kernel, b: Kernel, axis: int) -> tuple[int, int, tuple[int, int]]:
+    """(dilation, number of taps, padding) of the coarsest regular grid that holds the taps of both."""
+    before = max(a.padding[axis][0], b.padding[axis][0])
+    after = max(a.padding[axis][1], b.padding[axis][1])
+    # Offsets δ·u − p of all taps, measured from the first one.
+    starts = [before - kernel.padding[axis][0] for kernel in (a, b)]
+    spacings = [kernel.dilation[axis] for kernel in (a, b) if kernel.kernel_size[axis] > 1]
+    step = gcd(*starts, *spacings) or 1
+    last = max(start + kernel.reach[axis] for start, kernel in zip(starts, (a, b), strict=True))
+    return step, last // step + 1, (before, after)
+
+
+def _on_grid(kernel: Kernel, dilation: Ints, size: Ints, padding: Sides) -> Tensor:
+    """The weight of ``kernel`` laid out on the given grid, zero at the taps it does not have."""
+    weight = kernel.weight
+    for axis, step in enumerate(dilation):
+        count = kernel.kernel_size[axis]
+        if count == size[axis]:
+            continue
+        start = (padding[axis][0] - kernel.padding[axis][0]) // step
+        taps = start + kernel.dilation[axis] // step * torch.arange(count, device=weight.device)
+        shape = list(weight.shape)
+        shape[axis + 2] = size[axis]
+        weight = weight.new_zeros(shape).index_copy(axis + 2, taps, weight)
+    return weight
+
+
+def _sum_of_biases(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -1,0 +1,143 @@
+"""One affine, translation-equivariant map: the value that every pass computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Ints: TypeAlias = tuple[int, ...]
+Sides: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """An affine map on a signal with d spatial axes.
+
+        y[o, t] = bias[o] + Σ_i Σ_u  weight[o, i, u] · x[i, stride·t + dilation·u − padding]
+
+    with x = 0 outside its support. d = 1, 2, 3 are convolutions; d = 0 is a linear layer, whose features are the
+    last axis of its input.
+
+    Shapes: ``weight`` is (n, m / groups, k₁, …, k_d), ``bias`` is (n,) or None. ``stride`` and ``dilation`` have one
+    entry an axis; ``padding`` has a pair (before, after) an axis, in samples, where a negative number crops.
+
+    Raises ``ValueError`` when these disagree.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Ints = ()
+    padding: Sides = ()
+    dilation: Ints = ()
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        d = self.weight.dim() - 2
+        if d not in (0, 1, 2, 3):
+            raise ValueError(f"weight must have 2 to 5 axes, found shape {tuple(self.weight.shape)}")
+        # An empty tuple is the neutral setting for every axis.
+        object.__setattr__(self, "stride", self.stride or (1,) * d)
+        object.__setattr__(self, "dilation", self.dilation or (1,) * d)
+        object.__setattr__(self, "padding", self.padding or ((0, 0),) * d)
+        if not len(self.stride) == len(self.dilation) == len(self.padding) == d:
+            raise ValueError(
+                f"stride {self.stride}, dilation {self.dilation} and padding {self.padding} "
+                f"must have one entry for each of the {d} spatial axes"
+            )
+        if self.groups < 1 or self.out_channels % self.groups:
+            raise ValueError(f"groups={self.groups} does not divide {self.out_channels} output channels")
+        if self.bias is not None and tuple(self.bias.shape) != (self.out_channels,):
+            raise ValueError(f"bias must have shape ({self.out_channels},), found {tuple(self.bias.shape)}")
+
+    @property
+    def dims(self) -> int:
+        """d, the number of spatial axes."""
+        return self.weight.dim() - 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def kernel_size(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def reach(self) -> Ints:
+        """The distance between the first and the last tap on each axis, in samples: δ·(k − 1)."""
+        return tuple(step * (k - 1) for step, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    def to(self, *, dtype: torch.dtype) -> Kernel:
+        """The same map with its tensors in ``dtype``."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
+    def detach(self) -> Kernel:
+        """The same map, cut off from autograd."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+    def output_size(self, size: Ints) -> Ints:
+        """The spatial size of the output for an input of spatial size ``size``."""
+        return tuple(
+            (length + sum(sides) - reach - 1) // stride + 1
+            for length, sides, reach, stride in zip(size, self.padding, self.reach, self.stride, strict=True)
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """y for x of shape (batch, m, *size), or (*, m) when d = 0."""
+        if self.dims == 0:
+            return self._apply_features(x)
+        padding = tuple(before for before, _ in self.padding)
+        if any(before < 0 or before != after for before, after in self.padding):  # torch's convolutions take no such
+            x, padding = _padded(x, self.padding), (0,) * self.dims
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        y: Tensor = convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return y
+
+    def _apply_features(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return F.linear(x, self.weight, self.bias)
+        weight = grouped(self.weight, self.groups)  # (g, n/g, m/g)
+        parts = x.unflatten(-1, (self.groups, -1))  # (*, g, m/g)
+        y: Tensor = torch.einsum("gnm,...gm->...gn", weight, parts).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+def _padded(x: Tensor, padding: Sides) -> Tensor:
+    """``x`` with zeros added, then cropped: what is cut off may reach beyond the signal into the zeros."""
+    amounts = [amount for sides in reversed(padding) for amount in sides]  # torch wants the last axis first
+    x = F.pad(x, [max(amount, 0) for amount in amounts])
+    if min(amounts) < 0:
+        x = F.pad(x, [min(amount, 0) for amount in amounts])
+    return x
+
+
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """(n, m/g, *k) -> (g, n/g, m/g, *k), a view."""
+    return weight.unflatten(0, (groups, -1))
+
+
+def with_groups(kernel: Kernel, groups: int) -> Kernel:
+    """The same map written with fewer groups; the blocks between the old groups are zero.
+
+    Exact when ``groups`` divides ``kernel.groups``. Raises ``ValueError`` otherwise.
+    """
+    if groups == kernel.groups:
+        return kernel
+    if groups < 1 or kernel.groups % groups:
+        raise ValueError(f"{kernel.groups} groups cannot be written as {groups}")
+    fold = kernel.groups // groups
+    blocks = kernel.weight.unflatten(0, (groups, fold, -1))  # (G, f, n/g, m/g, *k)
+    eye = torch.eye(fold, dtype=kernel.weight.dtype, device=kernel.weight.device)
+    # (G, f, n/g, 1, m/g, *k) · (f, 1, f, 1, 1…): block row a keeps its inputs in block column a
+    spread = blocks.unsqueeze(3) * eye.reshape(fold, 1, fold, 1, *(1,) * kernel.dims)
+    return replace(kernel, weight=spread.flatten(3, 4).flatten(0, 2), groups=groups)
