@@ -1,0 +1,28 @@
+"""Linear over-parameterisation of any PyTorch model, as torch.fx graph-rewriting passes."""
+
+from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
+from fxexpand.graph.trace import trace
+from fxexpand.passes.contract import contract
+from fxexpand.passes.expand import expand
+from fxexpand.report.summary import summary
+from fxexpand.report.verify import verify
+from fxexpand.rules import Rule, layer
+from fxexpand.strategies import CK, CL, FC
+
+__all__ = [
+    "CK",
+    "CL",
+    "FC",
+    "ContractionError",
+    "ExpansionError",
+    "FxExpandError",
+    "Rule",
+    "RuleError",
+    "VerificationError",
+    "contract",
+    "expand",
+    "layer",
+    "summary",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,159 @@
+"""The place of an expanded layer: its new layers, and what it takes to have the old one back."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.algebra.compose import compose_all
+from fxexpand.algebra.kernel import Ints, Kernel, Sides
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.geometry import Geometry
+from fxexpand.graph.lift import lift_bare, padding_of
+
+# The name of the padding module that stands before the layers where no layer can pad as asked.
+PAD = "pad"
+
+
+@dataclass(frozen=True)
+class LayerOrigin:
+    """A layer that was a module. ``template`` is that module without its weight and bias."""
+
+    geometry: Geometry
+    template: nn.Module
+
+    @staticmethod
+    def of(layer: nn.Module, geometry: Geometry) -> LayerOrigin:
+        template = copy.copy(layer)
+        vars(template)["_parameters"] = dict.fromkeys(layer._parameters)
+        vars(template)["_buffers"] = dict.fromkeys(layer._buffers)
+        return LayerOrigin(geometry, template)
+
+    @property
+    def description(self) -> str:
+        return type(self.template).__name__
+
+
+@dataclass(frozen=True)
+class CallOrigin:
+    """A layer that was a functional call, ``function(x, weight, bias, **settings)``.
+
+    ``weight`` and ``bias`` are paths from the module whose graph holds the call; ``parameters`` are the names that the
+    owner of the weight had for its parameters, in their order.
+    """
+
+    geometry: Geometry
+    function: Callable[..., Tensor]
+    weight: str
+    bias: str | None
+    settings: tuple[tuple[str, Any], ...]
+    parameters: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        return f"{self.function.__name__}()"
+
+
+class Expanded(nn.Sequential):
+    """The layers that stand for one layer, under its path: ``features.0.expand``, ``features.0.kernel``, …
+
+    Calling it applies them in turn. It also answers for the layer that it replaces: ``weight`` and ``bias`` are
+    composed from the layers, differentiably, and hyperparameters (``in_channels``, …) are the old layer's. So code
+    that reads a layer's weight instead of calling it keeps its function.
+    """
+
+    origin: LayerOrigin | CallOrigin
+
+    def __init__(self, layers: Mapping[str, nn.Module], origin: LayerOrigin | CallOrigin) -> None:
+        super().__init__(OrderedDict(layers))
+        self.origin = origin
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one layer that these are: (n, m / groups, *k), in the dtype of the layers."""
+        return self._kernel().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the one layer that these are: (n,), or None."""
+        return self._kernel().bias
+
+    def as_kernel(self, dtype: torch.dtype | None = None) -> Kernel | Refusal:
+        """The kernel that the layers compose to, computed in ``dtype``, without the padding of the first.
+
+        Refuses when the layers no longer form one layer with the hyperparameters of the old one.
+        """
+        kernels: list[Kernel] = []
+        for name, layer in self._modules.items():
+            if name == PAD:
+                continue
+            lifted = _lift_inner(layer, first=not kernels)
+            if isinstance(lifted, Refusal):
+                return lifted.at(name)
+            kernels.append(lifted if dtype is None else lifted.to(dtype=dtype))
+        if not kernels:
+            return Refusal("it holds no layers")
+        whole = compose_all(kernels)
+        return whole if isinstance(whole, Refusal) else self._as_before(whole)
+
+    @property
+    def entry_padding(self) -> tuple[str, Sides] | None:
+        """(mode, sides) that pads the input: by the first layer, or by a padding module before it."""
+        return padding_of(next(iter(self._modules.values())))
+
+    def _as_before(self, whole: Kernel) -> Kernel | Refusal:
+        geometry = self.origin.geometry
+        shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+        facts = [
+            ("weight of shape", tuple(whole.weight.shape), shape),
+            ("stride", whole.stride, geometry.stride),
+            ("dilation", _where_it_counts(whole.dilation, shape), _where_it_counts(geometry.dilation, shape)),
+            ("groups", whole.groups, geometry.groups),
+            ("inner padding", any(map(any, whole.padding)), False),
+            ("padding", self.entry_padding, (geometry.padding_mode, geometry.padding) if geometry.padded else None),
+            ("bias", whole.bias is not None, geometry.has_bias),
+        ]
+        for what, found, expected in facts:
+            if found != expected:
+                return Refusal(f"its layers form one with {what} {found}, where the layer had {expected}")
+        return Kernel(whole.weight, whole.bias, geometry.stride, (), geometry.dilation, geometry.groups)
+
+    def _kernel(self) -> Kernel:
+        kernel = self.as_kernel()
+        if isinstance(kernel, Refusal):
+            raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {kernel}")
+        return kernel
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = vars(self).get("origin")
+            if isinstance(origin, LayerOrigin) and not name.startswith("_") and name in vars(origin.template):
+                return vars(origin.template)[name]
+            raise
+
+
+def _lift_inner(layer: nn.Module | None, *, first: bool) -> Kernel | Refusal:
+    """The kernel of one layer of an expansion; the first one's padding is the expansion's own, and left out."""
+    if isinstance(layer, Expanded):
+        kernel, padding = layer.as_kernel(), layer.entry_padding
+    else:
+        kernel, padding = lift_bare(layer), padding_of(layer)
+    if first or padding is None or isinstance(kernel, Refusal):
+        return kernel
+    mode, sides = padding
+    if mode != "zeros":
+        return Refusal(f"it pads with mode {mode!r} inside the expansion, where one layer would see zeros")
+    return replace(kernel, padding=sides)
+
+
+def _where_it_counts(dilation: Ints, shape: tuple[int, ...]) -> Ints:
+    """The dilation of the axes that have more than one tap."""
+    return tuple(step for step, k in zip(dilation, shape[2:], strict=True) if k > 1)

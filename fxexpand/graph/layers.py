@@ -1,0 +1,84 @@
+"""Which modules are layers, and what about a layer makes it more than its weight and bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.geometry import CONVOLUTIONS, DIMS
+
+_TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution, linear or batch-norm layer that computes what its torch class computes.
+
+    A subclass that keeps ``forward`` is one; a subclass, or an object, that has a ``forward`` of its own is not.
+    """
+    return any(isinstance(module, base) and _computes_as(module, base) for base in _LAYERS)
+
+
+def is_expandable_class(module: nn.Module) -> bool:
+    """Whether ``module`` is one of the layers that strategies are about, or such a layer in quantized form."""
+    return is_quantized(module) or any(isinstance(module, base) and _computes_as(module, base) for base in DIMS)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether ``module`` belongs to torch itself and runs as one unit (attention, recurrent layers, ...).
+
+    Such a module may read its layers' weights in fused kernels, without calling them.
+    """
+    ours = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs somebody's hook."""
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is a quantized ``Linear`` or ``ConvNd``."""
+    names = {base.__name__ for base in DIMS}
+    return type(module).__module__.startswith("torch.ao.nn.") and type(module).__name__ in names
+
+
+def peculiarity(layer: nn.Module) -> Refusal | None:
+    """What makes ``layer`` more than a weight and a bias, so that replacing it would lose something; or None."""
+    if is_quantized(layer):
+        return Refusal("its weight is quantized; expand the floating-point model, and quantize after contracting")
+    if parametrize.is_parametrized(layer):
+        names = ", ".join(sorted(layer.parametrizations))  # type: ignore[arg-type]
+        return Refusal(
+            f"its {names} is parametrized (weight norm, spectral norm, ...); "
+            "call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    weight = layer._parameters.get("weight")
+    if weight is not None and torch.nn.parameter.is_lazy(weight):
+        return Refusal("its shape is not known yet; run the model once on a batch first")
+    if weight is None:
+        return Refusal("its weight is computed by a hook (weight norm, pruning, ...); make it permanent first")
+    if has_hooks(layer):
+        return Refusal("it has forward or backward hooks, which would be lost; remove them first")
+    if layer._modules:
+        return Refusal(f"it holds modules of its own ({', '.join(layer._modules)})")
+    return dtype_refusal(weight)
+
+
+def dtype_refusal(weight: Tensor) -> Refusal | None:
+    """Why a weight of this kind cannot be factorised, or None."""
+    if weight.is_floating_point():
+        return None
+    kind = "complex" if weight.is_complex() else str(weight.dtype).removeprefix("torch.")
+    return Refusal(f"its weight is {kind}; expected a floating-point weight (float16, bfloat16, float32 or float64)")
+
+
+def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    names = ("forward", "_conv_forward", "__call__")
+    kept = all(getattr(type(module), name, None) is getattr(base, name, None) for name in names)
+    return kept and "forward" not in vars(module)

@@ -1,0 +1,61 @@
+"""A layer -> the Kernel it applies and the padding it adds, or a Refusal that says why there is none."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.algebra.kernel import Kernel, Sides
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.geometry import DIMS, geometry_of
+from fxexpand.graph.layers import is_layer
+
+_PADS: dict[str, tuple[type[nn.Module], ...]] = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+def lift_bare(layer: nn.Module | None) -> Kernel | Refusal:
+    """The kernel of a ``Linear`` or ``ConvNd`` without its padding: its own weight and bias, in their own dtype.
+
+    Refuses any other module.
+    """
+    if layer is None or not (is_layer(layer) and isinstance(layer, tuple(DIMS))):
+        return Refusal(f"{type(layer).__name__} is no convolution or linear layer")
+    geometry = geometry_of(layer)
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+    return Kernel(weight, bias, geometry.stride, (), geometry.dilation, geometry.groups)
+
+
+def pad_module(mode: str, padding: Sides) -> nn.Module:
+    """torch's padding module for a mode of ``ConvNd`` and (before, after) pairs, one an axis."""
+    amounts = tuple(amount for sides in reversed(padding) for amount in sides)
+    pad: nn.Module = _PADS[mode][len(padding) - 1](amounts)
+    return pad
+
+
+def padding_of(layer: nn.Module | None) -> tuple[str, Sides] | None:
+    """(mode, sides) that a convolution or padding module adds to its input; None where it adds nothing."""
+    for mode, classes in _PADS.items():
+        if type(layer) in classes:
+            amounts = cast("tuple[int, ...]", vars(layer)["padding"])
+            pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
+            return mode, tuple(reversed(pairs))
+    if isinstance(layer, tuple(DIMS)):
+        geometry = geometry_of(cast(nn.Module, layer))
+        return (geometry.padding_mode, geometry.padding) if geometry.padded else None
+    return None
+
+
+def memory_format_of(weight: Tensor) -> torch.memory_format:
+    """channels_last when ``weight`` is laid out so and no other way, else contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(weight.dim())
+    if wanted and weight.is_contiguous(memory_format=wanted) and not weight.is_contiguous():
+        return wanted
+    return torch.contiguous_format

@@ -1,0 +1,62 @@
+"""What every strategy is: a frozen value with two methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isfinite
+from typing import ClassVar
+
+from torch import nn
+
+from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.errors import RuleError
+from fxexpand.graph.site import Site
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """A way to make several linear layers of one.
+
+    A strategy says which layers (``layers``) and how they make up a given kernel (``factorize``). It edits nothing:
+    copying flags, placing padding that no layer can express, and rewriting the graph are done for it.
+    """
+
+    dims: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
+    """The kinds of layer it is about, by spatial axes: 0 for linear layers, 1 to 3 for convolutions."""
+
+    @abstractmethod
+    def layers(self, site: Site) -> Mapping[str, nn.Module] | Refusal:
+        """The new layers in the order in which they are applied, under the names they take below the site's path.
+
+        Built by ``site.layer``. The padding of the site, which is symmetric, belongs to the first of them; strides and
+        dilation must multiply up to the site's. A ``Refusal`` says what would do instead.
+        """
+
+    @abstractmethod
+    def factorize(self, target: Kernel, fresh: Sequence[Kernel]) -> Sequence[Kernel] | Refusal:
+        """The kernels of the new layers such that their composition is ``target``, in float64.
+
+        ``fresh`` are the layers as initialised, without padding. A ``Refusal`` says which rate is enough.
+        """
+
+    def reaches(self, site: Site) -> bool:
+        """Whether the bare strategy, without a ``where``, is meant for this layer. All of its kind, by default."""
+        return True
+
+
+def check_rate(strategy: Strategy, rate: object) -> None:
+    """Raise ``RuleError`` unless ``rate`` is a positive, finite number."""
+    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if not number or not isfinite(rate) or rate <= 0:  # type: ignore[arg-type, operator]
+        name = type(strategy).__name__
+        raise RuleError(f"{name}: rate must be a positive number, found {rate!r}. Use {name}(rate=4), for example.")
+
+
+def widened(channels: int, rate: float, groups: int = 1) -> int:
+    """rate · channels inside each of ``groups``, rounded down but at least 1 (Guo et al. 2020, §3)."""
+    inside = channels // groups
+    # A rate of 0.29 must make 29 of 100, though 0.29 · 100 is 28.999… in floating point.
+    return groups * max(1, floor(rate * inside + 1e-9))

@@ -1,0 +1,166 @@
+"""contract: the inverse of expand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.errors import ContractionError
+from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin
+from fxexpand.graph.lift import memory_format_of
+from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
+from fxexpand.graph.traced import copy_model
+from fxexpand.graph.tree import replace_modules
+
+
+def contract(model: nn.Module) -> nn.Module:
+    """A copy of an expanded model in which every expanded layer is again the plain layer it was.
+
+    Before:  y = features_0.reduce(features_0.kernel(features_0.expand(x)))
+    After:   y = features_0(x)
+
+    Identity: W₃ * (W₂ * (W₁ * x)) = (W₃ ∘ W₂ ∘ W₁) * x. The class, name, hyperparameters and flags are the old ones, so
+    the ``state_dict`` loads strictly into the original architecture. Composed in float64 and cast once to the dtype
+    that the new layers have now. Batch norm and everything else stays.
+
+    Raises ``ContractionError`` when nothing in the model was expanded, or when the layers of an expansion no longer
+    make up one layer: an activation between them, a value read or returned from between them, changed hyperparameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise ContractionError(f"contract: expected a torch.nn.Module, found {type(model).__name__}. Pass the model.")
+    if not any(isinstance(module, Expanded) for module in model.modules()):
+        raise ContractionError(
+            "contract: expected a model that fxexpand.expand has made, found no expanded layer in it. "
+            "Pass the expanded model itself; fusing layers that were never expanded is another pass."
+        )
+    work = copy_model(model, share=False)
+    while expansions := _innermost(work):
+        plans = [_plan(work, path, expanded) for path, expanded in expansions.items()]
+        work = _install(work, plans)
+    return work
+
+
+@dataclass(frozen=True)
+class _Plan:
+    expanded: Expanded
+    kernel: Kernel
+    edits: tuple[Edit, ...]
+
+
+def _innermost(model: nn.Module) -> dict[str, Expanded]:
+    """path -> expansion, of those that hold no other."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, Expanded)}
+    return {
+        path: module
+        for path, module in found.items()
+        if not any(isinstance(m, Expanded) for m in module.modules() if m is not module)
+    }
+
+
+def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
+    kernel = expanded.as_kernel(torch.float64)
+    if isinstance(kernel, Refusal):
+        raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
+    edits: list[Edit] = []
+    for gm in work.modules():
+        if isinstance(gm, fx.GraphModule):
+            for found in _edits(gm, expanded):
+                if isinstance(found, Refusal):
+                    raise ContractionError(f"{path}: {found}. Undo the change, or contract before it.")
+                edits.append(found)
+    return _Plan(expanded, kernel.detach(), tuple(edits))
+
+
+def _edits(gm: fx.GraphModule, expanded: Expanded) -> Iterator[Edit | Refusal]:
+    """An edit for each place where the graph applies the layers of ``expanded``, one after another."""
+    layers = list(expanded._modules.values())
+    calls = {
+        node: position
+        for node in gm.graph.nodes
+        if node.op == "call_module" and (position := _position(gm.get_submodule(str(node.target)), layers)) is not None
+    }
+    starts = [node for node, position in calls.items() if position == 0]
+    if len(calls) != len(starts) * len(layers):
+        yield Refusal(f"the graph calls its {len(layers)} layers {len(calls)} times, not all equally often")
+        return
+    for start in starts:
+        chain = [start]
+        while len(chain) < len(layers):
+            users = list(chain[-1].users)
+            if len(users) != 1:
+                yield Refusal(f"its output is used by {len(users)} nodes, expected the next layer only", chain[-1].name)
+                return
+            if calls.get(users[0]) != len(chain):
+                yield Refusal(f"it stands between layers of the expansion, after {chain[-1].name}", users[0].name)
+                return
+            chain.append(users[0])
+        yield Edit(gm, tuple(chain), (_step(start, expanded),))
+
+
+def _position(module: nn.Module, layers: Sequence[nn.Module | None]) -> int | None:
+    return next((i for i, layer in enumerate(layers) if layer is module), None)
+
+
+def _step(start: fx.Node, expanded: Expanded) -> ModuleStep | FunctionStep:
+    origin = expanded.origin
+    if isinstance(origin, LayerOrigin):
+        return ModuleStep(str(start.target).rpartition(".")[0])
+    return FunctionStep(origin.function, (origin.weight, origin.bias), origin.settings)
+
+
+def _install(work: nn.Module, plans: list[_Plan]) -> nn.Module:
+    layers: dict[int, nn.Module] = {}
+    for plan in plans:
+        origin = plan.expanded.origin
+        if isinstance(origin, LayerOrigin):
+            layers[id(plan.expanded)] = _restored(plan.expanded, plan.kernel, origin)
+        else:
+            _restore_parameters(plan, origin)
+    replace_modules(work, layers)
+    rewrite(edit for plan in plans for edit in plan.edits)
+    return layers.get(id(work), work)
+
+
+def _restored(expanded: Expanded, kernel: Kernel, origin: LayerOrigin) -> nn.Module:
+    """The layer as it was: its own class and attributes, with the composed weight and bias."""
+    layer = copy.deepcopy(origin.template)
+    layer.training = expanded.training
+    weight, bias = _parameters(expanded, kernel)
+    layer._parameters.update({**expanded._parameters, "weight": weight, "bias": bias})
+    layer._buffers.update(expanded._buffers)
+    return layer
+
+
+def _restore_parameters(plan: _Plan, origin: CallOrigin) -> None:
+    """Give the owner of a functional call's weight its parameters back, in their old order."""
+    weight, bias = _parameters(plan.expanded, plan.kernel)
+    gm = plan.edits[0].graph_module
+    for path, parameter in ((origin.weight, weight), (origin.bias, bias)):
+        if path is not None:
+            parent, _, name = path.rpartition(".")
+            owner = gm.get_submodule(parent)
+            owner._modules.pop(name, None)
+            owner._parameters[name] = parameter
+    held = gm.get_submodule(origin.weight.rpartition(".")[0])._parameters
+    ordered = {name: held[name] for name in origin.parameters if name in held} | held
+    held.clear()
+    held.update(ordered)
+
+
+def _parameters(expanded: Expanded, kernel: Kernel) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The composed weight and bias with the dtype, memory format and flags that the layers have now."""
+    weights = [p for name, p in expanded.named_parameters() if name.endswith(".weight")]
+    biases = [p for name, p in expanded.named_parameters() if name.endswith(".bias")]
+    weight = kernel.weight.to(weights[0].dtype, memory_format=memory_format_of(weights[-1]))
+    bias = None if kernel.bias is None else _parameter(kernel.bias.to(weights[0].dtype), biases)
+    return _parameter(weight, weights), bias
+
+
+def _parameter(value: Tensor, factors: list[nn.Parameter]) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=any(factor.requires_grad for factor in factors))
