@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-import drawing
 import hypothesis.strategies as st
 import torch
 from torch import Tensor, nn
 
+import drawing
 from fxexpand import CK, CL, FC
 from fxexpand.strategies import Strategy
 
@@ -118,7 +118,7 @@ class Residual(nn.Module):
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
+        y: Tensor = self.inner(x)
         for _ in range(1, self.times):
             y = self.alias(torch.relu(y))
         return x + y
@@ -132,7 +132,8 @@ class Picky(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if x.sum() > 0 else self.inner(-x)
+        y: Tensor = self.inner(x) if x.sum() > 0 else self.inner(-x)
+        return y
 
 
 @st.composite
@@ -145,10 +146,11 @@ def networks(draw: st.DrawFn, channels: int = 4) -> nn.Module:
 
 @st.composite
 def _blocks(draw: st.DrawFn, channels: int) -> nn.Module:
+    kernel_size: Any = draw(st.sampled_from((3, 5, (1, 3))))
     conv = nn.Conv2d(
         channels,
         channels,
-        draw(st.sampled_from((3, 5, (1, 3)))),
+        kernel_size,
         padding="same",
         groups=draw(st.sampled_from((1, 2, channels))),
         bias=draw(st.booleans()),
@@ -159,10 +161,8 @@ def _blocks(draw: st.DrawFn, channels: int) -> nn.Module:
         return Functional(channels, bias=draw(st.booleans()), stride=draw(st.integers(1, 2)))
     if kind == "strided":
         return nn.Sequential(nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.SiLU())
-    return {
-        "conv": lambda: conv,
-        "residual": lambda: Residual(conv, 1),
-        "shared": lambda: Residual(conv, 2),
-        "picky": lambda: Picky(conv),
-        "norm": lambda: nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()),
-    }[kind]()
+    if kind == "norm":
+        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+    if kind == "picky":
+        return Picky(conv)
+    return conv if kind == "conv" else Residual(conv, times=2 if kind == "shared" else 1)

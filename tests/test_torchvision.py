@@ -52,7 +52,7 @@ def detector() -> nn.Module:
 
 
 def awake(model: nn.Module) -> nn.Module:
-    """``model`` without what rightly gives zero gradients: whole blocks dropped by chance, weights that start at zero."""
+    """``model`` without what rightly has no gradient: blocks dropped by chance, weights that start at zero."""
     for module in model.modules():
         if isinstance(module, torchvision.ops.StochasticDepth):
             module.p = 0.0
@@ -99,7 +99,7 @@ def test_classification_and_segmentation(name: str, dtype: torch.dtype) -> None:
     assert fxexpand.verify(model, big, x, rtol=TOLERANCE[dtype]) <= TOLERANCE[dtype]
 
     y = big.train()(x)
-    sum(out.square().mean() for out in (y.values() if isinstance(y, dict) else [y])).backward()  # type: ignore[union-attr]
+    sum(out.square().mean() for out in (y.values() if isinstance(y, dict) else [y])).backward()
     gradients_are_sound(big)
     torch.optim.SGD(big.parameters(), lr=1e-4).step()
 

@@ -156,8 +156,9 @@ def _embed(target: Kernel, chain: Sequence[Tensor], fresh: Sequence[Kernel], sol
     """``fresh`` with weights such that it computes what the bare ``chain`` does, and the bias of ``target``.
 
     Identity: W_j -> Q_j·W_j·Q_{j−1}ᵀ + Z_j·(1 − Q_{j−1}·Q_{j−1}ᵀ), with Z_j the fresh weight and the columns of Q_j
-    orthonormal: hidden signals are Q_j·h, and nothing arrives along the directions that Z_j acts on. Each layer but
-    ``solved`` takes the root mean square of its fresh weight; ``solved`` makes up for it.
+    orthonormal: hidden signals are Q_j·h, and nothing arrives along the directions that Z_j acts on. In each layer but
+    ``solved`` the first term takes the root mean square of the fresh weight, so that both together have at most √2
+    times as much; ``solved`` makes up for it.
     """
     groups = target.groups
     widths = [kernel.out_channels // groups for kernel in fresh[:-1]]

@@ -123,7 +123,8 @@ def _padded(x: Tensor, padding: Sides) -> Tensor:
 
 def grouped(weight: Tensor, groups: int) -> Tensor:
     """(n, m/g, *k) -> (g, n/g, m/g, *k), a view."""
-    return weight.unflatten(0, (groups, -1))
+    blocks: Tensor = weight.unflatten(0, (groups, -1))
+    return blocks
 
 
 def with_groups(kernel: Kernel, groups: int) -> Kernel:

@@ -1,0 +1,1 @@
+"""What a model costs, and whether two models compute the same."""

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from drawing import assert_equal
 from hypothesis import given
-from networks import Case, Functional, Picky, cases, networks
 from torch import Tensor, fx, nn
 
 import fxexpand
+from drawing import assert_equal
 from fxexpand import CK, CL, FC, ExpansionError, Rule, RuleError, layer
 from fxexpand.testing import chain_matrix, matrix
+from networks import Case, Functional, Picky, cases, networks
 
 
 def children(model: nn.Module) -> list[nn.Module]:
@@ -97,7 +97,7 @@ def test_a_layer_called_at_two_places_is_expanded_once_and_called_at_both() -> N
 
 def test_dtype_device_flags_and_memory_format_carry_over() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, bias=True)).to(torch.bfloat16)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     model[0].weight.requires_grad_(False)
     model[1].eval()
     big = fxexpand.expand(model, CL(2))
@@ -269,6 +269,6 @@ def test_layers_that_make_up_another_layer_are_an_error_also_without_preserving(
 def test_an_expanded_model_compiles_whole(mode: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
     big = getattr(fxexpand.expand(model, [CL(2), FC(2)]), mode)()
-    compiled = torch.compile(big, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(big, backend="eager", fullgraph=True)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert relative(compiled(x), getattr(model, mode)()(x)) < 1e-12

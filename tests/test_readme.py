@@ -1,0 +1,23 @@
+"""What the README shows, runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0])
+def test_its_code_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(compile(block, str(README), "exec"), names)
+    printed = capsys.readouterr().out
+    if "contract(" in block:
+        assert float(printed.split()[0]) < 1e-4
+        assert "total" in printed
+    else:
+        assert isinstance(names["rules"], list)
