@@ -158,7 +158,8 @@ def _parameters(expanded: Expanded, kernel: Kernel) -> tuple[nn.Parameter, nn.Pa
     weights = [p for name, p in expanded.named_parameters() if name.endswith(".weight")]
     biases = [p for name, p in expanded.named_parameters() if name.endswith(".bias")]
     # A pointwise weight is laid out in every format at once: what any other has counts.
-    layout = next((f for f in map(memory_format_of, weights) if f is not torch.contiguous_format), torch.contiguous_format)
+    layouts = {memory_format_of(weight) for weight in weights} - {torch.contiguous_format}
+    layout = layouts.pop() if layouts else torch.contiguous_format
     weight = kernel.weight.to(weights[0].dtype, memory_format=layout)
     bias = None if kernel.bias is None else _parameter(kernel.bias.to(weights[0].dtype), biases)
     return _parameter(weight, weights), bias

@@ -28,7 +28,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @given(cases())
 def test_the_new_layers_are_the_same_matrix_as_the_old_one(case: Case) -> None:
     expanded = fxexpand.expand(case.layer, case.strategy)
-    found = chain_matrix(children(expanded), case.size)
+    found = chain_matrix(children(expanded), case.size, channels=case.channels)
     assert len(children(expanded)) > 1
     assert_equal(found, matrix(case.layer, case.size), tolerance=1e-11)
 
