@@ -1,0 +1,109 @@
+"""How long do the passes take, beside what any FX pass must do: copy the model and trace it?
+
+Each pass is timed in turn with ``copy.deepcopy`` followed by ``torch.fx.symbolic_trace`` of the same model, in one
+process; the table shows medians and the median of the ratios, round by round. Expected: ``trace`` costs two structural
+copies and one symbolic trace, so 1 to 3 times the baseline, more for models with parts that no graph can stand for.
+``expand`` computes every factor in float64, and ``contract`` composes them: what these two add is the arithmetic of the
+widest layers.
+
+Run as ``python -m benchmarks.rewrite_time [--rounds N] [--json FILE]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import fx, nn
+
+import fxexpand
+from fxexpand import CL, FC
+
+MODELS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "resnet50")
+
+
+def baseline(model: nn.Module) -> fx.GraphModule:
+    """What every pass has to pay: a copy, and its graph."""
+    return fx.symbolic_trace(copy.deepcopy(model))
+
+
+def passes(model: nn.Module) -> dict[str, Callable[[], object]]:
+    """The passes to time on ``model``, by name."""
+    rules = [CL(2), FC(1)]
+    big = fxexpand.expand(model, rules)
+    return {
+        "trace": lambda: fxexpand.trace(model),
+        "expand, standard": lambda: fxexpand.expand(model, rules, init="standard"),
+        "expand, preserve": lambda: fxexpand.expand(model, rules),
+        "contract": lambda: fxexpand.contract(big),
+    }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """One row for each pass on the torchvision model ``name``, after one round that is not counted."""
+    model: nn.Module = getattr(torchvision.models, name)()
+    calls = {"baseline": lambda: baseline(model), **passes(model)}
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    for counted in range(-1, rounds):
+        for label, call in calls.items():
+            spent = seconds(call)
+            if counted >= 0:
+                times[label].append(spent)
+    return [
+        {
+            "model": name,
+            "pass": label,
+            "milliseconds": 1000 * statistics.median(spent),
+            "ratio": statistics.median(a / b for a, b in zip(spent, times["baseline"], strict=True)),
+        }
+        for label, spent in times.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table; write it to a file where asked to."""
+    parser = argparse.ArgumentParser(description="Time the passes beside copying and tracing.")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="torchvision classification models")
+    given = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    print(f"{'model':<20} {'pass':<18} {'ms':>10} {'ratio':>8}")
+    for name in given.models:
+        for row in measure(name, given.rounds):
+            rows.append(row)
+            print(f"{row['model']:<20} {row['pass']:<18} {row['milliseconds']:>10.1f} {row['ratio']:>8.2f}", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
