@@ -1,6 +1,7 @@
 """Settings of the whole test suite: the Hypothesis profiles, and random numbers that every run draws alike."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ class _TorchRandom:
         torch.set_rng_state(state)
 
 
+# The networks of most tests are so small that threads wait for each other longer than they work, above all on a machine
+# with other work to do. Tests of large networks ask for the `all_cores` fixture.
+CORES = torch.get_num_threads()
+torch.set_num_threads(1)
+
 _TORCH_RANDOM = _TorchRandom()  # Hypothesis keeps a weak reference only
 register_random(_TORCH_RANDOM)
 
@@ -36,3 +42,11 @@ settings.load_profile(os.environ.get("FXEXPAND_PROFILE") or ("ci" if os.environ.
 def _seed() -> None:
     """Each test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """As many threads as torch takes by itself, for the test that asks."""
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(1)

@@ -15,6 +15,7 @@ import fxexpand
 from fxexpand import CL, FC, Rule
 from fxexpand.graph.site import Site
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 models: Any = torchvision.models
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 

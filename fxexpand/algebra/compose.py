@@ -118,7 +118,10 @@ def _step(first: Kernel, second: Kernel, axis: int) -> int:
 
 
 def _weight(first: Kernel, second: Kernel, steps: list[int]) -> Tensor:
-    """The full convolution of the two kernels, (n, m/G, *K), for kernels of equal groups G."""
+    """The full convolution of the two kernels, (n, m/G, *K), for kernels of equal groups G.
+
+    Contiguous: a convolution takes the memory format of its output from its weight, too.
+    """
     w1 = grouped(first.weight, first.groups)  # (G, c/G, m/G, *k1)
     w2 = grouped(second.weight, second.groups)  # (G, n/G, c/G, *k2)
     if all(k == 1 for k in second.kernel_size):
@@ -129,7 +132,7 @@ def _weight(first: Kernel, second: Kernel, steps: list[int]) -> Tensor:
         # (G, n/G·k2, c/G) @ (G, c/G, m/G) -> (G, n/G·k2, m/G)
         product = w2.movedim(2, -1).flatten(1, -2) @ w1.flatten(2)
         taps_last = product.reshape(second.out_channels, *second.kernel_size, -1)
-        return taps_last.movedim(-1, 1)
+        return taps_last.movedim(-1, 1).contiguous()
     # A transposed convolution adds W₂ at every tap of W₁: batch m/G, channels c -> n, taps as the signal.
     signal = first.weight.transpose(0, 1)  # (m/G, c, *k1)
     kernel = w2.transpose(1, 2).flatten(0, 1)  # (c, n/G, *k2)
@@ -139,7 +142,8 @@ def _weight(first: Kernel, second: Kernel, steps: list[int]) -> Tensor:
         for b, a, s, k in zip(second.dilation, first.stride, steps, second.kernel_size, strict=True)
     ]
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[first.dims - 1]
-    return convolve(signal, kernel, stride=spread, dilation=dilation, groups=first.groups).transpose(0, 1)
+    whole = convolve(signal, kernel, stride=spread, dilation=dilation, groups=first.groups)  # (m/G, n, *K)
+    return whole.transpose(0, 1).contiguous()
 
 
 def _bias(first: Kernel, second: Kernel) -> Tensor | None:

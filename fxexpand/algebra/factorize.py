@@ -187,7 +187,7 @@ def _embed(target: Kernel, chain: Sequence[Tensor], fresh: Sequence[Kernel], sol
         weights[j] = weights[j] + drawn[j] - torch.einsum("gnm...,gwm->gnw...", through, mixer)
     biases = [None if kernel.bias is None else torch.zeros_like(kernel.bias) for kernel in fresh[:-1]]
     return [
-        replace(kernel, weight=weight.flatten(0, 1), bias=bias)
+        replace(kernel, weight=weight.flatten(0, 1).contiguous(), bias=bias)
         for kernel, weight, bias in zip(fresh, weights, [*biases, target.bias], strict=True)
     ]
 

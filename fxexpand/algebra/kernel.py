@@ -48,6 +48,8 @@ class Kernel:
                 f"stride {self.stride}, dilation {self.dilation} and padding {self.padding} "
                 f"must have one entry for each of the {d} spatial axes"
             )
+        if any(step < 1 for step in (*self.stride, *self.dilation)):
+            raise ValueError(f"stride {self.stride} and dilation {self.dilation} must be at least 1")
         if self.groups < 1 or self.out_channels % self.groups:
             raise ValueError(f"groups={self.groups} does not divide {self.out_channels} output channels")
         if self.bias is not None and tuple(self.bias.shape) != (self.out_channels,):
@@ -107,7 +109,7 @@ class Kernel:
         if self.groups == 1:
             return F.linear(x, self.weight, self.bias)
         weight = grouped(self.weight, self.groups)  # (g, n/g, m/g)
-        parts = x.unflatten(-1, (self.groups, -1))  # (*, g, m/g)
+        parts = x.unflatten(-1, (self.groups, self.weight.shape[1]))  # (*, g, m/g)
         y: Tensor = torch.einsum("gnm,...gm->...gn", weight, parts).flatten(-2)
         return y if self.bias is None else y + self.bias
 
