@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -41,7 +41,7 @@ class Filter:
         return Filter(lambda site: bool(other(site)) or self(site), f"({_text(other)} | {self})")
 
     def __invert__(self) -> Filter:
-        return Filter(lambda site: not self(site), f"~{self}" if self.text.startswith("layer(") else f"~({self})")
+        return Filter(lambda site: not self(site), f"~({self})" if " & " in self.text else f"~{self}")
 
     def __str__(self) -> str:
         return self.text
@@ -74,6 +74,7 @@ def layer(
         raise RuleError(f"layer(kind=...): expected a module class, such as nn.Conv2d, found {kind!r}.")
     if name is not None and not isinstance(name, str):
         raise RuleError(f"layer(name=...): expected a glob, such as 'features.*', found {name!r}.")
+    _check_values(given)
     sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
     equal = {
         "groups": groups,
@@ -93,6 +94,26 @@ def layer(
         return all(v is None or getattr(site, k) == v for k, v in equal.items())
 
     return Filter(holds, f"layer({', '.join(f'{k}={_value(v)}' for k, v in given.items())})")
+
+
+def _check_values(given: Mapping[str, object]) -> None:
+    """Raise ``RuleError`` for a number, size or flag of another type, which no layer would have."""
+    for key, value in given.items():
+        if key in ("kernel_size", "stride", "dilation"):
+            sizes = value if isinstance(value, (list, tuple)) else (value,)
+            fits, expected = all(map(_is_integer, sizes)), "an integer, or one for each axis"
+        elif key in ("groups", "in_channels", "out_channels"):
+            fits, expected = _is_integer(value), "an integer"
+        elif key in ("depthwise", "bias"):
+            fits, expected = isinstance(value, bool), "True or False"
+        else:
+            continue
+        if not fits:
+            raise RuleError(f"layer({key}=...): expected {expected}, found {value!r}.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -142,16 +163,18 @@ def match(sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule
 
     Raises ``RuleError`` when no rule matches any site, or when a rule with a ``where`` of its own matches none.
     """
-    for rule in rules:
-        if rule.where is not None and not any(rule.matches(site) for site in sites):
+    # Each condition is asked once about each site: it may count, or remember what it has seen.
+    matched = [[site for site in sites if rule.matches(site)] for rule in rules]
+    for rule, own in zip(rules, matched, strict=True):
+        if rule.where is not None and not own:
             raise RuleError(f"{rule} matches no layer. {_nearest(rule, sites)}")
-    pairs = [(site, rule) for site in sites for rule in rules[:] if rule.matches(site)]
     first: dict[int, tuple[Site, Rule]] = {}
-    for site, rule in pairs:
-        first.setdefault(id(site), (site, rule))
+    for rule, own in zip(rules, matched, strict=True):
+        for site in own:
+            first.setdefault(id(site), (site, rule))
     if not first:
         raise RuleError(f"no rule matches any layer: {', '.join(map(str, rules))}. {_overview(sites)}")
-    return list(first.values())
+    return [first[id(site)] for site in sites if id(site) in first]
 
 
 def _nearest(rule: Rule, sites: Sequence[Site]) -> str:

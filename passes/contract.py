@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,9 +13,11 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
-from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin
+from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
+from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
+from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import replace_modules
 
@@ -32,8 +35,13 @@ def contract(model: nn.Module) -> nn.Module:
     Raises ``ContractionError`` when nothing in the model was expanded, or when the layers of an expansion no longer
     make up one layer: an activation between them, a value read or returned from between them, changed hyperparameters.
     """
-    if not isinstance(model, nn.Module):
-        raise ContractionError(f"contract: expected a torch.nn.Module, found {type(model).__name__}. Pass the model.")
+    check_model(model, "contract", ContractionError)
+    if stray := strays(model):
+        raise ContractionError(
+            f"{stray[0]}: a layer of an expansion, found outside of one: another pass has kept only what its graph "
+            "calls (torch.fx.symbolic_trace and Transformer do). Contract before it, or load the state_dict into "
+            "expand(model, the same rules) and contract that."
+        )
     if not any(isinstance(module, Expanded) for module in model.modules()):
         raise ContractionError(
             "contract: expected a model that fxexpand.expand has made, found no expanded layer in it. "
@@ -64,6 +72,8 @@ def _innermost(model: nn.Module) -> dict[str, Expanded]:
 
 
 def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
+    if has_hooks(expanded):
+        raise ContractionError(f"{path}: it has forward or backward hooks, which would be lost. Remove them first.")
     kernel = expanded.as_kernel(torch.float64)
     if isinstance(kernel, Refusal):
         raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
@@ -79,7 +89,12 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
 
 def _edits(gm: fx.GraphModule, expanded: Expanded) -> Iterator[Edit | Refusal]:
     """An edit for each place where the graph applies the layers of ``expanded``, one after another."""
-    layers = list(expanded._modules.values())
+    layers = list(expanded.children())
+    parameters = {id(parameter) for parameter in expanded.parameters()}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and id(attrgetter(str(node.target))(gm)) in parameters:
+            yield Refusal("the graph reads a parameter of a layer that will be gone", node.name)
+            return
     calls = {
         node: position
         for node in gm.graph.nodes
@@ -108,10 +123,12 @@ def _position(module: nn.Module, layers: Sequence[nn.Module | None]) -> int | No
 
 
 def _step(start: fx.Node, expanded: Expanded) -> ModuleStep | FunctionStep:
-    origin = expanded.origin
+    origin, path = expanded.origin, str(start.target).rpartition(".")[0]
     if isinstance(origin, LayerOrigin):
-        return ModuleStep(str(start.target).rpartition(".")[0])
-    return FunctionStep(origin.function, (origin.weight, origin.bias), origin.settings)
+        return ModuleStep(path)
+    owner = path.rpartition(".")[0]
+    bias = None if origin.bias is None else f"{owner}.{origin.bias}".lstrip(".")
+    return FunctionStep(origin.function, (path, bias), origin.settings)
 
 
 def _install(work: nn.Module, plans: list[_Plan]) -> nn.Module:
@@ -121,7 +138,7 @@ def _install(work: nn.Module, plans: list[_Plan]) -> nn.Module:
         if isinstance(origin, LayerOrigin):
             layers[id(plan.expanded)] = _restored(plan.expanded, plan.kernel, origin)
         else:
-            _restore_parameters(plan, origin)
+            _restore_parameters(work, plan, origin)
     replace_modules(work, layers)
     rewrite(edit for plan in plans for edit in plan.edits)
     return layers.get(id(work), work)
@@ -137,20 +154,18 @@ def _restored(expanded: Expanded, kernel: Kernel, origin: LayerOrigin) -> nn.Mod
     return layer
 
 
-def _restore_parameters(plan: _Plan, origin: CallOrigin) -> None:
+def _restore_parameters(work: nn.Module, plan: _Plan, origin: CallOrigin) -> None:
     """Give the owner of a functional call's weight its parameters back, in their old order."""
     weight, bias = _parameters(plan.expanded, plan.kernel)
-    gm = plan.edits[0].graph_module
-    for path, parameter in ((origin.weight, weight), (origin.bias, bias)):
-        if path is not None:
-            parent, _, name = path.rpartition(".")
-            owner = gm.get_submodule(parent)
-            owner._modules.pop(name, None)
-            owner._parameters[name] = parameter
-    held = gm.get_submodule(origin.weight.rpartition(".")[0])._parameters
-    ordered = {name: held[name] for name in origin.parameters if name in held} | held
-    held.clear()
-    held.update(ordered)
+    for owner in list(work.modules()):
+        for name in [name for name, child in owner._modules.items() if child is plan.expanded]:
+            del owner._modules[name]
+            held = {**owner._parameters, name: weight}
+            if origin.bias is not None:
+                held[origin.bias] = bias
+            ordered = {key: held[key] for key in origin.parameters if key in held} | held
+            owner._parameters.clear()
+            owner._parameters.update(ordered)
 
 
 def _parameters(expanded: Expanded, kernel: Kernel) -> tuple[nn.Parameter, nn.Parameter | None]:

@@ -26,8 +26,8 @@ from fxexpand.strategies.strategy import Strategy
 
 Init: TypeAlias = "str | Callable[[Site, Mapping[str, nn.Module]], object]"
 
-# How far a strategy's factors may be from the layer, in float64: rounding stays far below, a wrong formula far above.
-_EXACT = 1e-9
+# How far factors may be from the layer in any dtype: rounding stays far below, a wrong formula far above.
+_MOST = 0.25
 
 
 def expand(
@@ -91,6 +91,7 @@ def _plan(site: Site, strategy: Strategy, init: Init) -> _Plan:
     layers = strategy.layers(seen)
     if isinstance(layers, Refusal):
         raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(site)}.")
+    _check_layers(site, strategy, layers)
     pad = {} if seen is site else {PAD: pad_module(site.padding_mode, site.padding)}
     expanded = Expanded({**pad, **layers}, _origin(site))
     _check_geometry(site, strategy, expanded)
@@ -118,13 +119,11 @@ def _origin(site: Site) -> LayerOrigin | CallOrigin:
     names = ("stride", "padding", "dilation", "groups") if site.dims else ()
     settings = dict(zip(names, call.node.args[3:], strict=False)) | {k: v for k, v in given.items() if k in names}
     bias = cast("fx.Node | None", given.get("bias"))
-    weight = str(cast(fx.Node, given["weight"]).target)
-    owner = call.graph_module.get_submodule(weight.rpartition(".")[0])
+    owner = call.graph_module.get_submodule(str(cast(fx.Node, given["weight"]).target).rpartition(".")[0])
     return CallOrigin(
         geometry=site.geometry,
         function=site.function,
-        weight=weight,
-        bias=None if bias is None else str(bias.target),
+        bias=None if bias is None else str(bias.target).rpartition(".")[2],
         settings=tuple(settings.items()),
         parameters=tuple(owner._parameters),
     )
@@ -136,50 +135,72 @@ def _check_geometry(site: Site, strategy: Strategy, expanded: Expanded) -> None:
         raise ExpansionError(f"{site}: the layers of {strategy} do not make up this one: {kernel}. Mend its layers().")
 
 
+def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
+    """Raise ``ExpansionError`` unless a user's strategy gave distinct layers under names that modules can have."""
+    named = isinstance(layers, Mapping) and all(isinstance(name, str) for name in layers)
+    if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
+        raise ExpansionError(f"{site}: {strategy}.layers() must give a mapping of names to modules, found {layers!r}.")
+    given = cast("Mapping[str, nn.Module]", layers)
+    taken = [name for name in given if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin")]
+    if taken:
+        raise ExpansionError(
+            f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."
+        )
+    if len(set(map(id, given.values()))) < len(given):
+        raise ExpansionError(f"{site}: {strategy}.layers() gives one module twice. Make one for each name.")
+
+
 def _preserve(site: Site, strategy: Strategy, layers: list[nn.Module]) -> None:
     """Give ``layers`` weights that compose to the weight of ``site``, computed in float64 and cast once."""
     weight = cast(Tensor, site.weight)
     if weight.is_meta:  # there are no values to keep
         return
-    target = _exactly(weight, site.bias, site.groups)
-    fresh = [_exactly_of(layer) for layer in layers]
-    found = strategy.factorize(target, fresh)
+    target = _exactly(Kernel(weight, site.bias, groups=site.groups))
+    if not all(bool(t.isfinite().all()) for t in (target.weight, target.bias) if t is not None):
+        raise ExpansionError(f"{site}: its weight or bias holds NaN or infinity; mend it, or use init='standard'.")
+    found = strategy.factorize(target, [_exactly_of(layer) for layer in layers])
     if isinstance(found, Refusal):
         raise ExpansionError(
             f"{site}: {strategy} cannot keep the function: {found.reason}. Use that, or init='standard', "
             f"or exclude it with {_exclusion(site)}."
         )
-    _check_product(site, strategy, compose_all(found), target)
     with torch.no_grad():
         for layer, kernel in zip(layers, found, strict=True):
             cast(Tensor, layer.weight).copy_(kernel.weight)
             if kernel.bias is not None:
                 cast(Tensor, layer.bias).copy_(kernel.bias)
+    _check_product(site, strategy, compose_all(map(_exactly_of, layers)), target)
 
 
-def _exactly(weight: Tensor, bias: Tensor | None, groups: int) -> Kernel:
-    return Kernel(weight, bias, groups=groups).detach().to(dtype=torch.float64)
+def _exactly(kernel: Kernel) -> Kernel:
+    return kernel.detach().to(dtype=torch.float64)
 
 
 def _exactly_of(layer: nn.Module) -> Kernel:
     kernel = lift_bare(layer)
     if isinstance(kernel, Refusal):
         raise ExpansionError(f"{type(layer).__name__}: {kernel.reason}; init='preserve' needs layers of those kinds.")
-    return kernel.detach().to(dtype=torch.float64)
+    return _exactly(kernel)
 
 
 def _check_product(site: Site, strategy: Strategy, product: Kernel | Refusal, target: Kernel) -> None:
-    """Nobody's factorisation is taken on trust: raise ``ExpansionError`` when it is not the layer."""
-    error = float("inf")
-    if not isinstance(product, Refusal):
-        pairs = [(product.weight, target.weight), (product.bias, target.bias)]
-        parts = [(a, b) for a, b in pairs if a is not None and b is not None]
-        error = max(float((a - b).norm() / b.norm().clamp_min(1e-300)) if (a != b).any() else 0.0 for a, b in parts)
-    if not error <= _EXACT and all(bool(t.isfinite().all()) for t in (target.weight, target.bias) if t is not None):
+    """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer."""
+    error = float("inf") if isinstance(product, Refusal) else _relative(_flat(product) - _flat(target), _flat(target))
+    # A thousand units in the last place, for strategies that are less careful than they could be.
+    most = min(_MOST, 1024 * torch.finfo(cast(Tensor, site.weight).dtype).eps)
+    if not error <= most:
         raise ExpansionError(
             f"{site}: the factors of {strategy} differ from the layer by {error:.1e} (relative), expected at most "
-            f"{_EXACT:.0e}. Mend its factorize(), or use init='standard'."
+            f"{most:.0e}. Mend its factorize(), expand in a wider dtype, or use init='standard'."
         )
+
+
+def _flat(kernel: Kernel) -> Tensor:
+    return torch.cat([t.flatten() for t in (kernel.weight, kernel.bias) if t is not None])
+
+
+def _relative(difference: Tensor, expected: Tensor) -> float:
+    return float(difference.norm() / expected.norm()) if bool((difference != 0).any()) else 0.0
 
 
 def _carry_over(site: Site, expanded: Expanded) -> None:
@@ -221,7 +242,8 @@ def _replace_parameters(plan: _Plan, owners: dict[int, list[tuple[nn.Module, str
 
 def _edit(call: Call, plan: _Plan) -> Edit:
     node = call.node
-    path = plan.expanded.origin.weight if isinstance(plan.expanded.origin, CallOrigin) else str(node.target)
+    given = node if plan.site.module is not None else cast(fx.Node, [*node.args, node.kwargs.get("weight")][1])
+    path = str(given.target)
     steps = tuple(ModuleStep(f"{path}.{name}") for name in plan.expanded._modules)
     return Edit(call.graph_module, (node,), steps)
 

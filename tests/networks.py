@@ -100,7 +100,7 @@ class Functional(nn.Module):
 
     def __init__(self, channels: int, *, bias: bool, stride: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(drawing.random(channels, channels, 3, 3))
+        self.weight = nn.Parameter(drawing.random(channels, channels, 3, 3) / 6)  # 1/√fan-in
         self.offset = nn.Parameter(drawing.random(channels)) if bias else None
         self.stride = stride
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from math import ceil, prod, sqrt
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def _shift_chain(target: Kernel, taps: Sequence[Ints]) -> list[Tensor]:
         carry = weight.new_zeros(g, len(starts_out), n, len(starts_out), n, *taps[layer])
         for copy, shift in enumerate(starts_out):
             step = tuple(min(2, max(0, s - 2 * (layer - 2))) for s in shift)  # up to 2 a layer, the first ones first
-            carry[_at(_ALL, copy, _ALL, copy, _ALL, *step)] = torch.eye(n).to(weight)
+            carry[_at(_ALL, copy, _ALL, copy, _ALL, *step)] = torch.eye(n, dtype=weight.dtype, device=weight.device)
         if layer == len(taps) - 1:
             carry = carry.sum(1, keepdim=True)  # the last layer adds the copies
         chain.append(carry.flatten(3, 4).flatten(1, 2))
@@ -181,6 +181,8 @@ def _embed(target: Kernel, chain: Sequence[Tensor], fresh: Sequence[Kernel], sol
         made_up *= gain
         weights.append(weight * gain)
     weights[solved] = weights[solved] / made_up
+    # Free directions much larger than what the layer computes would drown it in their rounding.
+    drawn[solved] = drawn[solved] * min(1.0, _size(weights[solved]) / (_size(drawn[solved]) or 1.0))
     for j, mixer in enumerate(mixers, start=1):
         # Z − (Z·Q)·Qᵀ
         through = torch.einsum("gnw...,gwm->gnm...", drawn[j], mixer)
@@ -219,5 +221,9 @@ def _orthonormal(shape: tuple[int, ...], options: dict[str, Any]) -> Tensor:
 
 def _gain(weight: Tensor, drawn: Tensor) -> float:
     """What gives ``weight`` the root mean square of ``drawn``; 1 where either is zero."""
-    ratio = float(drawn.square().mean()) / max(float(weight.square().mean()), 1e-300)
-    return sqrt(ratio) if 1e-12 < ratio < 1e12 else 1.0
+    return _size(drawn) / _size(weight) if _size(drawn) and _size(weight) else 1.0
+
+
+def _size(weight: Tensor) -> float:
+    """The root mean square."""
+    return float(weight.square().mean().sqrt())

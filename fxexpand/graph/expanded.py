@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,11 @@ from fxexpand.algebra.compose import compose_all
 from fxexpand.algebra.kernel import Ints, Kernel, Sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import Geometry
+from fxexpand.graph.layers import peculiarity
 from fxexpand.graph.lift import lift_bare, padding_of
+
+# What marks the layers of expansions, so that they are known where some other pass has dropped what holds them.
+_MARK = "part_of_expansion"
 
 # The name of the padding module that stands before the layers where no layer can pad as asked.
 PAD = "pad"
@@ -44,13 +48,12 @@ class LayerOrigin:
 class CallOrigin:
     """A layer that was a functional call, ``function(x, weight, bias, **settings)``.
 
-    ``weight`` and ``bias`` are paths from the module whose graph holds the call; ``parameters`` are the names that the
-    owner of the weight had for its parameters, in their order.
+    ``bias`` is the name of the bias in the module that owns both; ``parameters`` are all the names that this module
+    had for its parameters, in their order.
     """
 
     geometry: Geometry
     function: Callable[..., Tensor]
-    weight: str
     bias: str | None
     settings: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
@@ -68,11 +71,14 @@ class Expanded(nn.Sequential):
     that reads a layer's weight instead of calling it keeps its function.
     """
 
-    origin: LayerOrigin | CallOrigin
+    if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
+        origin: LayerOrigin | CallOrigin
 
     def __init__(self, layers: Mapping[str, nn.Module], origin: LayerOrigin | CallOrigin) -> None:
         super().__init__(OrderedDict(layers))
         self.origin = origin
+        for layer in layers.values():
+            setattr(layer, _MARK, True)
 
     @property
     def weight(self) -> Tensor:
@@ -90,22 +96,24 @@ class Expanded(nn.Sequential):
         Refuses when the layers no longer form one layer with the hyperparameters of the old one.
         """
         kernels: list[Kernel] = []
-        for name, layer in self._modules.items():
-            if name == PAD:
+        for position, (name, layer) in enumerate(self.named_children()):
+            if name == PAD and position == 0:
                 continue
-            lifted = _lift_inner(layer, first=not kernels)
+            lifted = _lift_inner(layer, first=position == 0)
             if isinstance(lifted, Refusal):
                 return lifted.at(name)
             kernels.append(lifted if dtype is None else lifted.to(dtype=dtype))
-        if not kernels:
-            return Refusal("it holds no layers")
+        devices = sorted({str(kernel.weight.device) for kernel in kernels})
+        if len(devices) != 1:
+            return Refusal(f"its layers are on {len(devices)} devices ({', '.join(devices)}), expected one")
         whole = compose_all(kernels)
         return whole if isinstance(whole, Refusal) else self._as_before(whole)
 
     @property
     def entry_padding(self) -> tuple[str, Sides] | None:
         """(mode, sides) that pads the input: by the first layer, or by a padding module before it."""
-        return padding_of(next(iter(self._modules.values())))
+        first = next(iter(self._modules.values()))
+        return first.entry_padding if isinstance(first, Expanded) else padding_of(first)
 
     def _as_before(self, whole: Kernel) -> Kernel | Refusal:
         geometry = self.origin.geometry
@@ -125,7 +133,9 @@ class Expanded(nn.Sequential):
         return Kernel(whole.weight, whole.bias, geometry.stride, (), geometry.dilation, geometry.groups)
 
     def _kernel(self) -> Kernel:
-        kernel = self.as_kernel()
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):  # bfloat16 products would lose four digits
+            kernel = self.as_kernel()
         if isinstance(kernel, Refusal):
             raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {kernel}")
         return kernel
@@ -140,12 +150,20 @@ class Expanded(nn.Sequential):
             raise
 
 
-def _lift_inner(layer: nn.Module | None, *, first: bool) -> Kernel | Refusal:
+def strays(model: nn.Module) -> list[str]:
+    """The paths of layers of an expansion that no longer stand in one."""
+    held = {id(layer) for module in model.modules() if isinstance(module, Expanded) for layer in module.children()}
+    return [path for path, module in model.named_modules() if hasattr(module, _MARK) and id(module) not in held]
+
+
+def _lift_inner(layer: nn.Module, *, first: bool) -> Kernel | Refusal:
     """The kernel of one layer of an expansion; the first one's padding is the expansion's own, and left out."""
     if isinstance(layer, Expanded):
         kernel, padding = layer.as_kernel(), layer.entry_padding
     else:
         kernel, padding = lift_bare(layer), padding_of(layer)
+        if isinstance(kernel, Kernel):
+            kernel = peculiarity(layer) or kernel
     if first or padding is None or isinstance(kernel, Refusal):
         return kernel
     mode, sides = padding

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import CodeType, FunctionType
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxexpand.algebra.refusal import Refusal
@@ -12,7 +14,14 @@ from fxexpand.graph.geometry import CONVOLUTIONS, DIMS
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LAYERS = (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -29,17 +38,25 @@ def is_expandable_class(module: nn.Module) -> bool:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether ``module`` belongs to torch itself and runs as one unit (attention, recurrent layers, ...).
+    """Whether ``module`` belongs to torch itself and runs as one unit (attention, recurrent layers, scripts, ...).
 
     Such a module may read its layers' weights in fused kernels, without calling them.
     """
-    ours = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
-    return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    cls = type(module)
+    if cls.__module__ == parametrize.__name__ and parametrize.is_parametrized(module):
+        cls = cls.__mro__[1]  # a class that torch has made of the module's own
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
+    return cls.__module__.startswith("torch.") and not isinstance(module, containers)
+
+
+def hooks_of(module: nn.Module) -> list[object]:
+    """The hooks that calling ``module`` runs, forward and backward."""
+    return [hook for name in _HOOKS for hook in (getattr(module, name, None) or {}).values()]
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs somebody's hook."""
-    return any(getattr(module, name, None) for name in _HOOKS)
+    return bool(hooks_of(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -63,8 +80,10 @@ def peculiarity(layer: nn.Module) -> Refusal | None:
         return Refusal("its shape is not known yet; run the model once on a batch first")
     if weight is None:
         return Refusal("its weight is computed by a hook (weight norm, pruning, ...); make it permanent first")
-    if has_hooks(layer):
-        return Refusal("it has forward or backward hooks, which would be lost; remove them first")
+    if has_hooks(layer) or any(getattr(layer, name, None) for name in _STATE_HOOKS):
+        return Refusal("it has hooks (forward, backward or state_dict), which would be lost; remove them first")
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters(recurse=False)):
+        return Refusal("its weight or bias has gradient hooks, which would be lost; remove them first")
     if layer._modules:
         return Refusal(f"it holds modules of its own ({', '.join(layer._modules)})")
     return dtype_refusal(weight)
@@ -72,7 +91,7 @@ def peculiarity(layer: nn.Module) -> Refusal | None:
 
 def dtype_refusal(weight: Tensor) -> Refusal | None:
     """Why a weight of this kind cannot be factorised, or None."""
-    if weight.is_floating_point():
+    if weight.dtype in _FLOATS:
         return None
     kind = "complex" if weight.is_complex() else str(weight.dtype).removeprefix("torch.")
     return Refusal(f"its weight is {kind}; expected a floating-point weight (float16, bfloat16, float32 or float64)")
@@ -82,3 +101,15 @@ def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     names = ("forward", "_conv_forward", "__call__")
     kept = all(getattr(type(module), name, None) is getattr(base, name, None) for name in names)
     return kept and "forward" not in vars(module)
+
+
+def attributes_named(cls: type) -> set[str]:
+    """Every name that the code of a class, torch's own base classes aside, uses for an attribute or a global."""
+    own = [base for base in cls.__mro__ if not base.__module__.startswith("torch.") and base is not object]
+    waiting = [f.__code__ for base in own for f in vars(base).values() if isinstance(f, FunctionType)]
+    names: set[str] = set()
+    while waiting:
+        code = waiting.pop()
+        names.update(code.co_names)
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxexpand.algebra.kernel import Ints, Sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.geometry import Geometry, geometry_of, padding_sides, spread
-from fxexpand.graph.layers import dtype_refusal, is_expandable_class, is_opaque, peculiarity
+from fxexpand.graph.layers import attributes_named, dtype_refusal, is_expandable_class, is_opaque, peculiarity
 from fxexpand.graph.traced import TracedModule
 from fxexpand.graph.tree import parameter_owners
 
@@ -171,15 +171,19 @@ def find_sites(model: nn.Module) -> list[Site]:
     ``model`` is what ``trace`` gives, or any ``GraphModule``. A layer that is used at several places is one site.
     """
     owners = parameter_owners(model)
+    graphs, running = _running(model)
     found: dict[int, Site] = {}
     for path, site in _walk(model, "", set()):
         key = id(site.module if site.module is not None else site.weight)
         if key not in found:
-            found[key] = replace(site, path=path, refusal=site.refusal or _tied(site, owners))
+            found[key] = replace(site, path=path, refusal=site.refusal or _tied(site, owners, running))
         else:
             found[key] = _also_used(found[key], site)
-    reads = _reads(model)
-    return [replace(site, refusal=site.refusal or _read_elsewhere(site, reads)) for site in found.values()]
+    reads = _reads(graphs)
+    return [
+        replace(site, refusal=site.refusal or _read_elsewhere(site, reads) or _read_by_code(site, running.values()))
+        for site in found.values()
+    ]
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int], *, inside: bool = False) -> Iterator[tuple[str, Site]]:
@@ -200,9 +204,9 @@ def _walk(module: nn.Module, prefix: str, seen: set[int], *, inside: bool = Fals
 
 
 def _walk_graph(gm: fx.GraphModule, prefix: str, seen: set[int]) -> Iterator[tuple[str, Site]]:
-    leaves = gm.leaves if isinstance(gm, TracedModule) else None  # others chose what to leave whole
+    leaves = gm.traced_leaves if isinstance(gm, TracedModule) else None  # others chose what to leave whole
     for node in gm.graph.nodes:
-        reads_input = not prefix and any(n.op == "placeholder" for n in node.args[:1] if isinstance(n, fx.Node))
+        reads_input = not prefix and any(n.op == "placeholder" for n in _sources(node))
         if node.op == "call_module":
             target = str(node.target)
             module = gm.get_submodule(target)
@@ -219,13 +223,19 @@ def _walk_graph(gm: fx.GraphModule, prefix: str, seen: set[int]) -> Iterator[tup
                 yield call_site.path, call_site
 
 
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The node that a layer is applied to, as its first argument or by name; none for a node that is no such call."""
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    return [value] if isinstance(value, fx.Node) else []
+
+
 def _inside_expanded(gm: fx.GraphModule, target: str) -> bool:
     parents = target.split(".")[:-1]
     return any(isinstance(gm.get_submodule(".".join(parents[: i + 1])), Expanded) for i in range(len(parents)))
 
 
 def _module_site(module: nn.Module, calls: tuple[Call, ...], *, reads_input: bool, expanded: bool) -> Site:
-    refusal = peculiarity(module)
+    refusal = peculiarity(module) or _empty(module.weight)  # type: ignore[arg-type]
     weight = None if refusal is not None else module.weight
     bias = None if refusal is not None else module.bias
     return Site("", geometry_of(module), module, None, weight, bias, calls, reads_input, expanded, refusal)  # type: ignore[arg-type]
@@ -241,9 +251,11 @@ def _call_site(gm: fx.GraphModule, node: fx.Node, prefix: str, reads_input: bool
     settings = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
     bias_node = given.get("bias")
     bias = _parameter(gm, bias_node)
-    refusal = dtype_refusal(weight)
+    refusal = dtype_refusal(weight) or _empty(weight)
     if bias_node is not None and bias is None:
         refusal = Refusal("its bias is computed, and not a parameter")
+    elif bias is not None and _owner_path(bias_node) != _owner_path(given["weight"]):
+        refusal = Refusal("its weight and bias are parameters of different modules")
     if any(isinstance(value, fx.Node) for setting in settings.values() for value in _flat(setting)):
         return None
     geometry = _call_geometry(weight, bias_node is not None, dims, settings)
@@ -270,6 +282,14 @@ def _call_geometry(weight: Tensor, has_bias: bool, dims: int, settings: dict[str
     )
 
 
+def _empty(weight: Tensor) -> Refusal | None:
+    return None if weight.numel() else Refusal(f"its weight of shape {tuple(weight.shape)} is empty")
+
+
+def _owner_path(node: Any) -> str:
+    return str(node.target).rpartition(".")[0]
+
+
 def _flat(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
@@ -292,25 +312,60 @@ def _also_used(site: Site, other: Site) -> Site:
     return replace(site, calls=calls, reads_input=site.reads_input or other.reads_input, refusal=refusal)
 
 
-def _tied(site: Site, owners: dict[int, list[tuple[nn.Module, str]]]) -> Refusal | None:
+def _running(model: nn.Module) -> tuple[list[fx.GraphModule], dict[int, nn.Module]]:
+    """The graph modules whose graphs run when ``model`` does, and by id the modules whose own code runs."""
+    graphs: dict[int, fx.GraphModule] = {}
+    running: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in graphs or id(module) in running:
+            continue
+        if isinstance(module, fx.GraphModule):
+            graphs[id(module)] = module
+            waiting += [module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
+        else:
+            running[id(module)] = module
+            waiting += module.children()
+    return list(graphs.values()), running
+
+
+def _read_by_code(site: Site, running: Iterable[nn.Module]) -> Refusal | None:
+    """Whether code that cannot be traced speaks of an attribute with the name of a functional call's weight or bias.
+
+    A layer that becomes an expansion still answers for its weight and bias; a parameter that is gone cannot.
+    """
+    if site.module is not None:
+        return None
+    names = {str(node.target).rpartition(".")[2] for call in site.calls for node in call.node.all_input_nodes[1:]}
+    for module in running:
+        if not is_opaque(module) and names & attributes_named(type(module)):
+            return Refusal(f"its weight or bias may be read by the code of {type(module).__name__}, which has no graph")
+    return None
+
+
+def _tied(
+    site: Site, owners: dict[int, list[tuple[nn.Module, str]]], running: Mapping[int, nn.Module]
+) -> Refusal | None:
+    """Whether anything else holds the layer's weight or bias."""
     for tensor in (site.weight, site.bias):
-        others = [o for o in owners.get(id(tensor), []) if o[0] is not site.module]
-        allowed = 0 if site.module is not None else 1
-        if tensor is not None and len(others) > allowed:
+        others = [o for o in owners.get(id(tensor), []) if o[0] is not site.module] if tensor is not None else []
+        if site.module is None and len(others) == 1 and id(others[0][0]) not in running:
+            continue  # the module that a functional call takes its weight from, and whose own code does not run
+        if others:
             names = ", ".join(sorted(f"{type(module).__name__}.{name}" for module, name in others))
             return Refusal(f"its weight or bias is tied to {names}, and would no longer be; untie it first")
     return None
 
 
-def _reads(model: nn.Module) -> dict[int, list[fx.Node]]:
-    """id of each parameter -> the nodes, of any graph in the model, that read it as an attribute."""
+def _reads(graphs: list[fx.GraphModule]) -> dict[int, list[fx.Node]]:
+    """id of each parameter -> the nodes, of any graph that runs, that read it as an attribute."""
     reads: dict[int, list[fx.Node]] = {}
-    for gm in model.modules():
-        if isinstance(gm, fx.GraphModule):
-            for node in gm.graph.nodes:
-                parameter = _parameter(gm, node)
-                if parameter is not None:
-                    reads.setdefault(id(parameter), []).append(node)
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            parameter = _parameter(gm, node)
+            if parameter is not None:
+                reads.setdefault(id(parameter), []).append(node)
     return reads
 
 

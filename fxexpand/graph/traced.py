@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
+
+from fxexpand.graph.tracer import ReplayTracer
 
 
 class TracedModule(fx.GraphModule):
@@ -17,53 +22,84 @@ class TracedModule(fx.GraphModule):
     hooks, containers and methods stay; also through ``copy.deepcopy`` and ``pickle``. It is an instance of the model's
     class too, so that a parent which cannot be traced may call its other methods.
 
-    ``leaves`` are the classes that were to stay one node each.
+    ``traced_leaves`` are the classes that were to stay one node each, ``traced_class`` is the model's own class.
     """
 
-    leaves: tuple[type[nn.Module], ...]
-    model_class: type[nn.Module]
+    if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
+        traced_leaves: tuple[type[nn.Module], ...]
+        traced_class: type[nn.Module]
 
     @staticmethod
-    def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> TracedModule:
-        """Make ``graph`` the forward of ``model``: the result takes over its modules, parameters and attributes."""
+    def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+        """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it."""
         plain = vars(fx.GraphModule(model, graph))
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
-        return _assemble(type(model), {**vars(model), **ours, "leaves": leaves}, graph)
+        state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
+        model.__class__ = _own_class(type(model))
+        vars(model).clear()
+        cast(TracedModule, model)._fill(state)
+
+    @staticmethod
+    def can_be(model: nn.Module) -> bool:
+        """Whether ``model`` has no attribute of a name that graph modules need, and no way of its own to be copied."""
+        copied = all(getattr(type(model), name, None) is getattr(nn.Module, name, None) for name in _COPYING)
+        return copied and _names_of_graph_modules().isdisjoint(dir(model))
+
+    def __init_subclass__(cls) -> None:
+        """Not the model's ``__init_subclass__``: what is made here is none of its author's classes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
-        twin = _blank(self.model_class)
+        twin = _blank(self.traced_class)
         memo[id(self)] = twin
-        return _fill(twin, copy.deepcopy(vars(self), memo))
+        twin._fill(copy.deepcopy(_state(self), memo))
+        return twin
+
+    def __copy__(self) -> TracedModule:
+        twin = _blank(self.traced_class)
+        twin._fill({**_state(self), "_graph": copy.deepcopy(self.graph)})
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (body, import_block) = super().__reduce__()
-        return _unpickle, (self.model_class, body, import_block)
+        body.pop(_COMPILED, None)
+        return _blank, (self.traced_class,), (body, import_block)
+
+    def __setstate__(self, state: tuple[dict[str, Any], str]) -> None:
+        body, import_block = state
+        # FX writes the code of a graph and traces it again; everything else is in the body.
+        self._fill({**body, "_graph": reduce_graph_module(dict(body), import_block).graph})
+
+    def _fill(self, state: dict[str, Any]) -> None:
+        graph = state.pop("_graph")
+        vars(self).update(state)
+        self.graph = graph  # compiles
+
+
+# What module.compile() leaves behind: a call that is bound to the very module, and to none of its copies.
+_COMPILED = "_compiled_call_impl"
+
+# What decides how an object is copied and pickled.
+_COPYING = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name != _COMPILED}
+
+
+def _own_class(model_class: type[nn.Module]) -> type[TracedModule]:
+    """A class for one instance: FX puts the compiled forward of a graph on the class."""
+    return type(model_class.__name__, (TracedModule, model_class), {"traced_class": model_class})
 
 
 def _blank(model_class: type[nn.Module]) -> TracedModule:
-    """An empty instance of a class of its own: FX puts the compiled forward of a graph on the class."""
-    try:
-        own = type(model_class.__name__, (TracedModule, model_class), {"model_class": model_class})
-    except TypeError:  # a model whose class cannot be combined (a metaclass, or another layout)
-        own = type(model_class.__name__, (TracedModule,), {"model_class": model_class})
-    return object.__new__(own)
+    return object.__new__(_own_class(model_class))
 
 
-def _fill(blank: TracedModule, state: dict[str, Any]) -> TracedModule:
-    graph = state.pop("_graph")
-    vars(blank).update(state)
-    blank.graph = graph  # compiles
-    return blank
-
-
-def _assemble(model_class: type[nn.Module], state: dict[str, Any], graph: fx.Graph) -> TracedModule:
-    return _fill(_blank(model_class), {**state, "_graph": graph})
-
-
-def _unpickle(model_class: type[nn.Module], body: dict[str, Any], import_block: str) -> TracedModule:
-    # FX writes the code of a graph and traces it again; everything else is in the body.
-    graph = reduce_graph_module(dict(body), import_block).graph
-    return _assemble(model_class, body, graph)  # type: ignore[arg-type]
+@cache
+def _names_of_graph_modules() -> frozenset[str]:
+    empty = fx.GraphModule(nn.Module(), fx.Graph())
+    ours = {*dir(TracedModule), *vars(empty)} - {*dir(nn.Module())}
+    return frozenset(name for name in ours if not name.startswith("__"))
 
 
 def copy_model(model: nn.Module, *, share: bool) -> nn.Module:
@@ -73,17 +109,31 @@ def copy_model(model: nn.Module, *, share: bool) -> nn.Module:
     Raises what ``copy.deepcopy`` raises for an attribute that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for tensor in _tensors(model):
+    for value in _shareable(model):
         if share:
-            memo[id(tensor)] = tensor
-        elif not tensor.is_leaf:
-            memo[id(tensor)] = tensor.detach().clone()
+            memo[id(value)] = value
+        elif isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    tensors: list[torch.Tensor] = []
-    for module in model.modules():
-        attributes = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
-        tensors += [value for value in attributes if isinstance(value, torch.Tensor)]
-    return tensors
+def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
+    """The tensors of ``model``, and its scripted modules, the parameters of which cannot be shared otherwise.
+
+    Also those in lists and dictionaries: a model may hide a teacher from ``parameters()`` in a list.
+    """
+    waiting: list[object] = [model]
+    seen: dict[int, object] = {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
+            yield value
+        elif isinstance(value, nn.Module):
+            waiting += vars(value).values()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            waiting += value

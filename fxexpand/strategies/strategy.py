@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, isfinite
+from numbers import Real
 from typing import ClassVar
 
 from torch import nn
@@ -49,8 +50,7 @@ class Strategy(ABC):
 
 def check_rate(strategy: Strategy, rate: object) -> None:
     """Raise ``RuleError`` unless ``rate`` is a positive, finite number."""
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not number or not isfinite(rate) or rate <= 0:  # type: ignore[arg-type, operator]
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not isfinite(rate) or rate <= 0:
         name = type(strategy).__name__
         raise RuleError(f"{name}: rate must be a positive number, found {rate!r}. Use {name}(rate=4), for example.")
 

@@ -28,7 +28,7 @@ def hyperparameters(module: nn.Module) -> dict[str, Any]:
 
 
 def train(model: nn.Module, x: Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()
         model(x).square().mean().backward()

@@ -1,0 +1,110 @@
+"""What to watch for while code is traced: all that a graph would freeze, and that may be different at the next call."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Refuse: TypeAlias = Callable[[str], NoReturn]
+
+# Functions of torch whose answer depends on where a graph is called, or which a graph would not call again.
+_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+_SEEDS = ("manual_seed", "seed", "set_rng_state")
+
+
+class WatchedCalls(TorchFunctionMode):
+    """Fails on what torch computes while tracing, instead of recording it: its result would never change again."""
+
+    def __init__(self, refuse: Refuse) -> None:
+        super().__init__()
+        self.refuse = refuse
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(value, fx.Proxy) for value in given) or func is Tensor.__hash__:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if func is torch._C._set_grad_enabled:
+            self.refuse("it switches gradients on or off")
+        if any(isinstance(value, Tensor) for value in given):
+            self.refuse(f"it computes {name} of a tensor that is no input, parameter or buffer")
+        result = func(*args, **kwargs)
+        if any(isinstance(value, Tensor) and not isinstance(value, fx.Proxy) for value in pytree.tree_leaves(result)):
+            self.refuse(f"it makes a tensor with {name}")
+        return result
+
+
+@contextmanager
+def watched_modes(refuse: Refuse) -> Iterator[None]:
+    """Make reading what may be different at the next call raise: train/eval flags and modes of torch.
+
+    Works on torch itself, as FX does when it replaces ``Module.__call__`` while it traces.
+    """
+
+    def read(module: nn.Module) -> bool:
+        refuse(f"{type(module).__name__} reads self.training")
+
+    def write(module: nn.Module, value: bool) -> None:
+        refuse(f"{type(module).__name__} is made, or switched to train or eval, while it runs")
+
+    def ask(*_: object) -> bool:
+        refuse("it asks torch for its gradient or autocast mode")
+
+    def seed(*_: object) -> None:
+        refuse("it seeds random numbers")
+
+    with ExitStack() as undo:
+        watched: Any = nn.Module
+        watched.training = property(read, write)
+        undo.callback(delattr, nn.Module, "training")
+        for name in (*_MODES, *_SEEDS):
+            undo.callback(setattr, torch, name, getattr(torch, name))
+            setattr(torch, name, ask if name in _MODES else seed)
+        yield
+
+
+@contextmanager
+def no_random_draws(refuse: Refuse) -> Iterator[None]:
+    """Fail when the code inside has drawn from Python's or NumPy's generator, or seeded torch's."""
+    before = _random_states()
+    yield
+    if _random_states() != before:
+        refuse("it draws random numbers")
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the generators of torch, Python and NumPy as they were, whatever the code inside draws."""
+    states, numpy = random.getstate(), _numpy_random()
+    others = numpy.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states)
+            if numpy:
+                numpy.set_state(others)
+
+
+def _random_states() -> tuple[object, ...]:
+    states, numpy = (random.getstate(), torch.initial_seed()), _numpy_random()
+    if numpy is None:
+        return states
+    _, words, *rest = numpy.get_state()
+    return *states, words.tobytes(), *rest
+
+
+def _numpy_random() -> Any:
+    """NumPy's random module, where somebody has imported it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
