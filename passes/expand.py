@@ -15,9 +15,10 @@ from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, LayerOrigin
+from fxexpand.graph.find import find_sites
 from fxexpand.graph.lift import lift_bare, memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
-from fxexpand.graph.site import Call, Site, find_sites
+from fxexpand.graph.site import Call, Site
 from fxexpand.graph.trace import check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules

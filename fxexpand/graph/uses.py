@@ -1,0 +1,107 @@
+"""What else a model does with the weight and bias of a layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.layers import attributes_named, is_opaque
+from fxexpand.graph.site import Site
+from fxexpand.graph.tree import parameter_owners
+
+
+@dataclass(frozen=True)
+class OtherUses:
+    """Who holds, reads or may read the parameters of a model.
+
+    ``owners``: id of a parameter -> the modules that hold it, with names. ``reads``: id of a parameter -> the nodes, of
+    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id.
+    """
+
+    owners: dict[int, list[tuple[nn.Module, str]]]
+    reads: dict[int, list[fx.Node]]
+    running: dict[int, nn.Module]
+
+    @staticmethod
+    def of(model: nn.Module) -> OtherUses:
+        graphs, running = _running(model)
+        return OtherUses(parameter_owners(model), _reads(graphs), running)
+
+    def refusal(self, site: Site) -> Refusal | None:
+        """Why the weight and bias of ``site`` are not its alone, or None where they are."""
+        return self._tied(site) or self._read_by_graphs(site) or self._read_by_code(site)
+
+    def _tied(self, site: Site) -> Refusal | None:
+        for tensor in (site.weight, site.bias):
+            held = self.owners.get(id(tensor), []) if tensor is not None else []
+            others = [owner for owner in held if owner[0] is not site.module]
+            if site.module is None and len(others) == 1 and id(others[0][0]) not in self.running:
+                continue  # the module that a functional call takes its weight from, and whose own code does not run
+            if others:
+                names = ", ".join(sorted(f"{type(module).__name__}.{name}" for module, name in others))
+                return Refusal(f"its weight or bias is tied to {names}, and would no longer be; untie it first")
+        return None
+
+    def _read_by_graphs(self, site: Site) -> Refusal | None:
+        """Whether a graph reads the layer's weight or bias for anything but calling the layer."""
+        own = {call.node for call in site.calls}
+        for tensor in (site.weight, site.bias):
+            nodes = self.reads.get(id(tensor), [])
+            others = [user.name for node in nodes for user in node.users if user not in own]
+            if others:
+                return Refusal(f"its weight or bias is also read by {', '.join(others)}, which would lose it")
+        return None
+
+    def _read_by_code(self, site: Site) -> Refusal | None:
+        """Whether code that has no graph speaks of an attribute with the name of a functional call's weight or bias.
+
+        A layer that becomes an expansion still answers for its weight and bias; a parameter that is gone cannot.
+        """
+        if site.module is not None:
+            return None
+        names = {str(node.target).rpartition(".")[2] for call in site.calls for node in call.node.all_input_nodes[1:]}
+        for module in self.running.values():
+            if not is_opaque(module) and names & attributes_named(type(module)):
+                reader = type(module).__name__
+                return Refusal(f"its weight or bias may be read by the code of {reader}, which has no graph")
+        return None
+
+
+def parameter_read(gm: fx.GraphModule, node: object) -> nn.Parameter | None:
+    """The parameter that ``node`` reads as an attribute of ``gm``; None for any other node or value."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    value = operator.attrgetter(str(node.target))(gm)
+    return value if isinstance(value, nn.Parameter) else None
+
+
+def _running(model: nn.Module) -> tuple[list[fx.GraphModule], dict[int, nn.Module]]:
+    """The graph modules whose graphs run when ``model`` does, and by id the modules whose own code runs."""
+    graphs: dict[int, fx.GraphModule] = {}
+    running: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in graphs or id(module) in running:
+            continue
+        if isinstance(module, fx.GraphModule):
+            graphs[id(module)] = module
+            waiting += [module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
+        else:
+            running[id(module)] = module
+            waiting += module.children()
+    return list(graphs.values()), running
+
+
+def _reads(graphs: list[fx.GraphModule]) -> dict[int, list[fx.Node]]:
+    """id of each parameter -> the nodes, of any graph that runs, that read it as an attribute."""
+    reads: dict[int, list[fx.Node]] = {}
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            parameter = parameter_read(gm, node)
+            if parameter is not None:
+                reads.setdefault(id(parameter), []).append(node)
+    return reads
