@@ -28,20 +28,27 @@ class Filter:
     def __call__(self, site: Site) -> bool:
         return bool(self.test(site))
 
-    def __and__(self, other: Where) -> Filter:
+    def __and__(self, other: object) -> Filter:
+        if not callable(other):
+            return NotImplemented
         return Filter(lambda site: self(site) and bool(other(site)), f"{self} & {_text(other)}")
 
-    def __or__(self, other: Where) -> Filter:
+    def __or__(self, other: object) -> Filter:
+        if not callable(other):
+            return NotImplemented
         return Filter(lambda site: self(site) or bool(other(site)), f"({self} | {_text(other)})")
 
-    def __rand__(self, other: Callable[[Site], bool]) -> Filter:
-        return Filter(lambda site: bool(other(site)) and self(site), f"{_text(other)} & {self}")
+    def __rand__(self, other: object) -> Filter:
+        return _as_filter(other) & self if callable(other) else NotImplemented
 
-    def __ror__(self, other: Callable[[Site], bool]) -> Filter:
-        return Filter(lambda site: bool(other(site)) or self(site), f"({_text(other)} | {self})")
+    def __ror__(self, other: object) -> Filter:
+        return _as_filter(other) | self if callable(other) else NotImplemented
 
     def __invert__(self) -> Filter:
         return Filter(lambda site: not self(site), f"~({self})" if " & " in self.text else f"~{self}")
+
+    def __bool__(self) -> bool:
+        raise RuleError(f"{self}: a filter is true or false of a layer only. Combine filters with &, | and ~.")
 
     def __str__(self) -> str:
         return self.text
@@ -146,7 +153,7 @@ class Rule:
 
 def as_rules(rules: object) -> list[Rule]:
     """The rules that a caller means: a ``Rule``, a strategy, or a sequence of them. Raises ``RuleError``."""
-    given = list(rules) if isinstance(rules, Iterable) else [rules]
+    given = list(rules) if isinstance(rules, Iterable) and not isinstance(rules, str) else [rules]
     if not given:
         raise RuleError("rules: expected at least one rule or strategy, found none. Use CL(rate=4), for example.")
     found = []
@@ -208,6 +215,10 @@ def _value(value: object) -> str:
     if isinstance(value, tuple) and any(isinstance(v, type) for v in value):
         return f"({', '.join(map(_value, value))})"
     return f"nn.{value.__name__}" if isinstance(value, type) else repr(value)
+
+
+def _as_filter(test: Callable[[Site], bool]) -> Filter:
+    return Filter(test, _text(test))
 
 
 def _text(where: object) -> str:

@@ -121,7 +121,8 @@ def _changing(module: nn.Module) -> set[str]:
 
 
 def _is_constant(value: object) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+    """Whether only assignment can change what a graph sees: it reads a tensor anew at every call."""
+    return isinstance(value, (*_PLAIN, Tensor)) or (isinstance(value, tuple) and all(map(_is_constant, value)))
 
 
 def _own_code(cls: type) -> Iterator[CodeType]:

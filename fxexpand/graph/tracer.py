@@ -83,14 +83,14 @@ class LayerTracer(ReplayTracer):
         self.kept = frozenset(kept)
         self.given = given or {}
         self.innermost = ""
+        self.running = [""]
         self.refusal: str | None = None
         self.overwritten: set[fx.Node] = set()
 
     def refuse(self, reason: str) -> NoReturn:
         """Fail, for good: code that catches every exception does not make it undone."""
         if self.refusal is None:
-            stack = [path for path, _ in self.module_stack.values()]
-            self.refusal, self.innermost = reason, stack[-1] if stack else ""
+            self.refusal, self.innermost = reason, self.running[-1]
         raise UntraceableError(reason)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -112,18 +112,19 @@ class LayerTracer(ReplayTracer):
         return fn, [self.given.get(str(a.node.target), a) if type(a) is Value else a for a in args]
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path = self.path_of_module(m)
-
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with no_random_draws(self.refuse):
-                return forward(*args, **kwargs)
+            self.running.append(self.path_of_module(m))
+            try:
+                with no_random_draws(self.refuse):
+                    return forward(*args, **kwargs)
+            except Exception:
+                # The first handler that an exception passes belongs to the innermost module.
+                self.innermost = self.innermost or self.running[-1]
+                raise
+            finally:
+                self.running.pop()
 
-        try:
-            return super().call_module(m, watched, args, kwargs)
-        except Exception:
-            # The first handler that an exception passes belongs to the innermost module.
-            self.innermost = self.innermost or path
-            raise
+        return super().call_module(m, watched, args, kwargs)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Node:
         if not _is_grad_enabled():
