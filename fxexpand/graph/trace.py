@@ -85,7 +85,7 @@ def _graph_of(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph
     """The graph of ``model``, or None where no graph can stand for it.
 
     Each attempt runs on a scratch copy, because a failed one can leave proxies in the attributes of modules. What a
-    graph cannot stand for stays a node, one more at each attempt.
+    graph cannot stand for stays a node at the next attempt.
     """
     if not _can_be_called_as_a_graph(model):
         return None
@@ -114,7 +114,7 @@ def _attempt(
         graph = tracer.trace(scratch)
         fx.GraphModule(scratch, graph)  # not every graph can be written as code
     except Exception:  # noqa: BLE001 -- any code of the user's can run here, and raise anything
-        return None, {tracer.innermost}
+        return None, tracer.failed or {""}
     return graph, changed_modules(model, scratch)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from fxexpand.graph.layers import is_layer, is_opaque
-from fxexpand.graph.watch import WatchedCalls, no_random_draws, random_states_kept, watched_modes
+from fxexpand.graph.watch import WatchedCalls, no_random_draws, watched_modes
 
 _IN_PLACE = {
     getattr(operator, name)
@@ -65,11 +65,14 @@ class ReplayTracer(fx.Tracer):
 
 
 class LayerTracer(ReplayTracer):
-    """Traces down to layers, and remembers where it was when it failed.
+    """Traces down to layers, and finds out which modules cannot be traced.
 
     ``leaves`` are classes, ``kept`` the paths of modules that stay one node each. ``given`` are values that arguments
     of the root have instead of a placeholder. Fails where FX would quietly take for a constant what is another value at
     another call: ``self.training``, a random draw, a tensor made on the spot, a mode of torch, the type of an input.
+
+    ``failed`` are the paths of the innermost modules that did, but for the root. Tracing goes on after them, as if they
+    had been kept, to find them all; then it fails.
     """
 
     def __init__(
@@ -82,15 +85,13 @@ class LayerTracer(ReplayTracer):
         self.leaves = leaves
         self.kept = frozenset(kept)
         self.given = given or {}
-        self.innermost = ""
-        self.running = [""]
+        self.failed: set[str] = set()
         self.refusal: str | None = None
         self.overwritten: set[fx.Node] = set()
 
     def refuse(self, reason: str) -> NoReturn:
         """Fail, for good: code that catches every exception does not make it undone."""
-        if self.refusal is None:
-            self.refusal, self.innermost = reason, self.running[-1]
+        self.refusal = reason
         raise UntraceableError(reason)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -99,10 +100,11 @@ class LayerTracer(ReplayTracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         r = self.refuse
-        with random_states_kept(), torch.enable_grad(), watched_modes(r), WatchedCalls(r), no_random_draws(r):
+        with torch.enable_grad(), watched_modes(r), WatchedCalls(r), no_random_draws(r):
             graph = super().trace(root, concrete_args)
-        if self.refusal is not None:
-            raise UntraceableError(self.refusal)
+        self._check()
+        if self.failed:
+            raise UntraceableError(f"modules that cannot be traced: {', '.join(sorted(self.failed))}")
         return graph
 
     def create_args_for_root(
@@ -113,16 +115,15 @@ class LayerTracer(ReplayTracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.running.append(self.path_of_module(m))
             try:
                 with no_random_draws(self.refuse):
-                    return forward(*args, **kwargs)
-            except Exception:
-                # The first handler that an exception passes belongs to the innermost module.
-                self.innermost = self.innermost or self.running[-1]
-                raise
-            finally:
-                self.running.pop()
+                    result = forward(*args, **kwargs)
+                self._check()
+            except Exception:  # noqa: BLE001 -- any code of the user's runs here; the handler is the innermost module's
+                self.refusal = None
+                self.failed.add(self.path_of_module(m))
+                return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+            return result
 
         return super().call_module(m, watched, args, kwargs)
 
@@ -150,6 +151,11 @@ class LayerTracer(ReplayTracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         self.refuse("it iterates over data")
+
+    def _check(self) -> None:
+        """Fail where something was refused, and the code has caught the exception."""
+        if self.refusal is not None:
+            raise UntraceableError(self.refusal)
 
     def _is_attribute(self, tensor: Tensor) -> bool:
         known = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)

@@ -76,28 +76,27 @@ def watched_modes(refuse: Refuse) -> Iterator[None]:
 
 @contextmanager
 def no_random_draws(refuse: Refuse) -> Iterator[None]:
-    """Fail when the code inside has drawn from Python's or NumPy's generator, or seeded torch's."""
+    """Fail when the code inside has drawn from Python's or NumPy's generator, or seeded torch's.
+
+    A failure leaves them as they were. Draws from torch's generators are calls, which ``WatchedCalls`` sees.
+    """
+    numpy = _numpy_random()
+    states = random.getstate(), torch.default_generator.get_state(), numpy and numpy.get_state()
     before = _random_states()
-    yield
-    if _random_states() != before:
-        refuse("it draws random numbers")
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the generators of torch, Python and NumPy as they were, whatever the code inside draws."""
-    states, numpy = random.getstate(), _numpy_random()
-    others = numpy.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states)
-            if numpy:
-                numpy.set_state(others)
+    try:
+        yield
+        if _random_states() != before:
+            refuse("it draws random numbers")
+    except BaseException:
+        random.setstate(states[0])
+        torch.default_generator.set_state(states[1])
+        if numpy:
+            numpy.set_state(states[2])
+        raise
 
 
 def _random_states() -> tuple[object, ...]:
+    """What drawing changes, in a form that can be compared."""
     states, numpy = (random.getstate(), torch.initial_seed()), _numpy_random()
     if numpy is None:
         return states

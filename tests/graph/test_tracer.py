@@ -359,10 +359,14 @@ def test_the_mode_in_which_trace_is_called_does_not_matter(around: Callable[[], 
 
 
 def test_tracing_draws_no_random_numbers_from_anybody() -> None:
-    models = [Net(code) for code in (torch_draw, python_draw, numpy_draw, seeds)]
+    draws = (torch_draw, python_draw, numpy_draw, seeds)
+    models = [nn.Sequential(nn.Sequential(Net(code)), linear()) for code in draws]
     states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     for model in models:
-        trace(model)
+        traced = trace(model)
+        assert isinstance(traced, fx.GraphModule)
+        assert type(traced.get_submodule("0.0.block")) is Block
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0.0.before", "0.0.block", "1"]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert repr(np.random.get_state()) == states[2]
