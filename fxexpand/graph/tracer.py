@@ -102,6 +102,9 @@ class LayerTracer(ReplayTracer):
         r = self.refuse
         with torch.enable_grad(), watched_modes(r), WatchedCalls(r), no_random_draws(r):
             graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # an annotation that was postponed: FX cannot write all of them as code
+                node.type = None
         self._check()
         if self.failed:
             raise UntraceableError(f"modules that cannot be traced: {', '.join(sorted(self.failed))}")

@@ -21,7 +21,10 @@ _SEEDS = ("manual_seed", "seed", "set_rng_state")
 
 
 class WatchedCalls(TorchFunctionMode):
-    """Fails on what torch computes while tracing, instead of recording it: its result would never change again."""
+    """Fails on what torch computes of a tensor while tracing, instead of recording it: it would never change again.
+
+    Making a tensor is not computing: a graph that holds it is refused when it comes to an argument.
+    """
 
     def __init__(self, refuse: Refuse) -> None:
         super().__init__()
@@ -34,15 +37,10 @@ class WatchedCalls(TorchFunctionMode):
         given = pytree.tree_leaves((args, kwargs))
         if any(isinstance(value, fx.Proxy) for value in given) or func is Tensor.__hash__:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if func is torch._C._set_grad_enabled:
-            self.refuse("it switches gradients on or off")
         if any(isinstance(value, Tensor) for value in given):
+            name = getattr(func, "__name__", str(func))
             self.refuse(f"it computes {name} of a tensor that is no input, parameter or buffer")
-        result = func(*args, **kwargs)
-        if any(isinstance(value, Tensor) and not isinstance(value, fx.Proxy) for value in pytree.tree_leaves(result)):
-            self.refuse(f"it makes a tensor with {name}")
-        return result
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -227,6 +227,16 @@ class ReadsTheList(nn.Module):
         return y + self.block.history[-1]
 
 
+class CountsTheList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Keeps()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.block(x)
+        return y * len(self.block.history)
+
+
 class Keeps(nn.Module):
     """Cannot be traced; its width is the same at every call, its history is not."""
 
@@ -308,7 +318,7 @@ class ReadsOwnHook(Two):
         return y if self.feature is None else y + self.feature
 
 
-@pytest.mark.parametrize("make", [AddsUpLosses, ReadsTheList, Collects, ReadsHook, ReadsOwnHook])
+@pytest.mark.parametrize("make", [AddsUpLosses, ReadsTheList, CountsTheList, Collects, ReadsHook, ReadsOwnHook])
 def test_who_reads_what_changes_while_the_model_runs_is_kept(make: Callable[[], nn.Module]) -> None:
     model = make()
     traced = trace(model)
@@ -340,6 +350,8 @@ def test_objects_that_do_not_change_do_not_keep_a_model_from_being_a_graph() -> 
             self.stats = {"mean": torch.ones(4, **DOUBLE)}
             self.ring: list[Any] = []
             self.ring.append(self.ring)  # holds itself
+            self.sparse = set(range(100))
+            self.sparse -= self.sparse - {1, 8}  # in an order that copies do not have
             self.layers = [self.a, self.b]
             self.activation = torch.tanh
 

@@ -120,6 +120,16 @@ def seeds(self: Any, x: Tensor) -> Any:
     return self.a(x) + torch.rand_like(x)
 
 
+def seeds_for_a_while(self: Any, x: Tensor) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return self.a(x) + torch.rand_like(x)
+
+
+def draws_a_number(self: Any, x: Tensor) -> Any:
+    return self.a(x) * torch.rand(()).item() + int(torch.randint(9, ()))
+
+
 # Modes.
 
 
@@ -261,8 +271,8 @@ def builds_modules(self: Any, x: Tensor) -> Any:
 
 KEPT: list[Callable[..., Any]] = [
     adds_to_zeros, writes_into_zeros, moves_zeros, multiplies_by_constant, from_numpy, global_tensor, sums_parameters,
-    follows_dtype_of_parameters, torch_draw, python_draw, numpy_draw, seeds, without_gradients, decorated, inference,
-    without_autocast, asks_for_gradients, checkpoints, own_gradient, reads_training, depends_on_data,
+    follows_dtype_of_parameters, torch_draw, draws_a_number, python_draw, numpy_draw, seeds, seeds_for_a_while,
+    without_gradients, decorated, inference, without_autocast, asks_for_gradients, checkpoints, own_gradient, reads_training, depends_on_data,
     hides_that_it_fails, asks_for_the_type, asks_torch_for_the_type, asks_for_an_attribute,
     reads_an_attribute_it_has_set, looks_up, caches, iterates, counts, converts, assigns_to_a_part, keeps_the_old_name,
     counts_up_beside_the_old_number, builds_modules,
@@ -359,7 +369,7 @@ def test_the_mode_in_which_trace_is_called_does_not_matter(around: Callable[[], 
 
 
 def test_tracing_draws_no_random_numbers_from_anybody() -> None:
-    draws = (torch_draw, python_draw, numpy_draw, seeds)
+    draws = (torch_draw, draws_a_number, python_draw, numpy_draw, seeds, seeds_for_a_while)
     models = [nn.Sequential(nn.Sequential(Net(code)), linear()) for code in draws]
     states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     for model in models:
