@@ -27,6 +27,9 @@ class _TorchRandom:
 CORES = torch.get_num_threads()
 torch.set_num_threads(1)
 
+# Programs that tests start import the library that is installed, as the tests do, not the folder they start in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 _TORCH_RANDOM = _TorchRandom()  # Hypothesis keeps a weak reference only
 register_random(_TORCH_RANDOM)
 

@@ -166,6 +166,10 @@ def _cudnn_rnn(x: torch.Size, weights: list[torch.Size], *_: object, **__: objec
     return 2 * prod(x[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])  # (batch, heads, positions, features)
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: _mv,
     aten.addmv: _addmv,
@@ -175,4 +179,5 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._trilinear: _bilinear,
     aten.mkldnn_rnn_layer: _onednn_rnn,
     aten._cudnn_rnn: _cudnn_rnn,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # torch 2.11 passes over it
 }

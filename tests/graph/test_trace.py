@@ -665,6 +665,12 @@ class OneOfTwo(Two):
         return y
 
 
+class OneOfThree(Two):
+    def forward(self, x: Tensor, p: Tensor | None = None, q: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        y: Tensor = self.a(x) if p is not None and q is None and r is None else self.b(x)
+        return y
+
+
 class Switch(Two):
     def forward(self, x: Tensor, flag: bool = False) -> Tensor:
         y: Tensor = self.a(x) if flag is True else self.b(x)
@@ -679,6 +685,7 @@ class Switch(Two):
         (PassesOn, [(SEQUENCES,), (SEQUENCES, torch.ones(5, 5, dtype=torch.bool).triu(1))]),
         (Required, [(X, None), (X, X)]),
         (OneOfTwo, [(X,), (X, X), (X, X, X), (X, None, X)]),
+        (OneOfThree, [(X,), (X, X), (X, X, X), (X, X, X, X)]),
         (Switch, [(X,), (X, True), (X, False)]),
     ],
 )

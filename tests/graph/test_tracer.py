@@ -272,7 +272,8 @@ def builds_modules(self: Any, x: Tensor) -> Any:
 KEPT: list[Callable[..., Any]] = [
     adds_to_zeros, writes_into_zeros, moves_zeros, multiplies_by_constant, from_numpy, global_tensor, sums_parameters,
     follows_dtype_of_parameters, torch_draw, draws_a_number, python_draw, numpy_draw, seeds, seeds_for_a_while,
-    without_gradients, decorated, inference, without_autocast, asks_for_gradients, checkpoints, own_gradient, reads_training, depends_on_data,
+    without_gradients, decorated, inference, without_autocast, asks_for_gradients, checkpoints, own_gradient,
+    reads_training, depends_on_data,
     hides_that_it_fails, asks_for_the_type, asks_torch_for_the_type, asks_for_an_attribute,
     reads_an_attribute_it_has_set, looks_up, caches, iterates, counts, converts, assigns_to_a_part, keeps_the_old_name,
     counts_up_beside_the_old_number, builds_modules,
