@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxexpand.errors import ExpansionError, FxExpandError
 from fxexpand.graph.expanded import Expanded
@@ -34,7 +36,8 @@ def trace(model: nn.Module, *, leaves: Iterable[type[nn.Module]] = ()) -> nn.Mod
     and instances of ``leaves`` stay ``call_module`` nodes. So do modules that a graph cannot stand for: those whose
     control flow depends on data, that read ``self.training``, that keep state of their own, or that have hooks. They
     are traced for themselves; where that is impossible, their largest traceable submodules are. So a model whose root
-    cannot be traced comes back as a copy of itself that holds GraphModules.
+    cannot be traced comes back as a copy of itself that holds GraphModules. Annotate functions of ``fx.wrap`` with
+    ``-> Tensor``: what calls them might otherwise ask whether they returned None, and is kept.
 
     While it traces, FX and this function replace methods of ``nn.Module`` for all threads: run no model in another one.
 
@@ -93,7 +96,7 @@ def _graph_of(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph
     while True:
         graph, culprits = _attempt(model, leaves, kept)
         if graph is not None and not culprits:
-            return graph if _holds_for_other_arguments(model, graph, leaves, kept) else None
+            return graph if _holds_for_other_values(model, graph, leaves, kept) else None
         if "" in culprits or culprits <= kept:  # who changes a module that is only called? Its parents do
             return None
         kept |= culprits
@@ -128,22 +131,44 @@ def _can_be_called_as_a_graph(model: nn.Module) -> bool:
     return not {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL} <= kinds
 
 
-def _holds_for_other_arguments(
+def _holds_for_other_values(
     model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...], kept: Iterable[str]
 ) -> bool:
-    """Whether ``graph`` also holds for calls in which arguments are None, True or False.
+    """Whether ``graph`` also holds for calls in which arguments, or what nodes return, are None, True or False.
 
-    Code cannot be seen asking whether a proxy ``is None``. So the graphs with these values in place of the arguments
-    must be the graph with the arguments.
+    Code cannot be seen asking whether a proxy ``is None``. So the graphs with these values in place of the nodes
+    must be the graph with the nodes.
     """
+    wrapped = [node.target for node in graph.nodes if "is_wrapped" in node.meta]
+    if not all(_returns_a_tensor(function) for function in wrapped if isinstance(function, FunctionType)):
+        return False  # it belongs to the caller, who may get None; its call cannot be replaced by a value
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    for given, certain in _other_arguments(parameters):
+    possible = ((dict[str, object]({node.name: None}), False) for node in graph.nodes if _may_be_none(model, node))
+    for given, certain in chain(_other_arguments(parameters), possible):
         other, culprits = _attempt(model, leaves, kept, given)
         if other is None and not certain:
             continue  # the model itself does not take these values
         if other is None or culprits or _steps(graph, given) != _steps(other, given):
             return False
     return True
+
+
+def _may_be_none(model: nn.Module, node: fx.Node) -> bool:
+    """Whether what ``node`` stands for comes from a module that is not torch's, or is a part of such or an argument."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return not is_layer(module) and not is_opaque(module) and not _returns_a_tensor(module.forward)
+    if node.op == "call_function" and node.target in (operator.getitem, getattr):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        indexed = node.target is getattr or isinstance(node.args[1], (int, str))
+        return indexed and (source.op == "placeholder" or _may_be_none(model, source))
+    return node.op == "call_method" and node.target in ("get", "pop")
+
+
+def _returns_a_tensor(function: Callable[..., object]) -> bool:
+    """Whether the annotation of ``function`` says so."""
+    return inspect.signature(function).return_annotation in (Tensor, "Tensor", "torch.Tensor")
 
 
 def _other_arguments(parameters: list[inspect.Parameter]) -> Iterator[tuple[dict[str, object], bool]]:
@@ -159,19 +184,19 @@ def _other_arguments(parameters: list[inspect.Parameter]) -> Iterator[tuple[dict
         if omitted:
             yield dict.fromkeys(omitted), True
     for i, p in enumerate(named):
-        if p.default is p.empty and (i > 0 or _may_be_none(p)):
+        if p.default is p.empty and (i > 0 or _is_optional(p)):
             yield {p.name: None}, False
 
 
-def _may_be_none(parameter: inspect.Parameter) -> bool:
+def _is_optional(parameter: inspect.Parameter) -> bool:
     return any(word in str(parameter.annotation) for word in ("None", "Optional"))
 
 
 def _steps(graph: fx.Graph, given: Mapping[str, object]) -> list[str]:
-    """The steps of ``graph`` with values in place of the arguments that are ``given``."""
+    """The steps of ``graph`` with values in place of the nodes that are ``given``."""
 
     def value(node: fx.Node) -> Any:
-        return given.get(str(node.target), node) if node.op == "placeholder" else node
+        return given.get(node.name, node)
 
     steps = []
     for node in graph.nodes:

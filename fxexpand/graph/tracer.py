@@ -67,8 +67,8 @@ class ReplayTracer(fx.Tracer):
 class LayerTracer(ReplayTracer):
     """Traces down to layers, and finds out which modules cannot be traced.
 
-    ``leaves`` are classes, ``kept`` the paths of modules that stay one node each. ``given`` are values that arguments
-    of the root have instead of a placeholder. Fails where FX would quietly take for a constant what is another value at
+    ``leaves`` are classes, ``kept`` the paths of modules that stay one node each. ``given`` are values that nodes have,
+    by their names, instead of a proxy. Fails where FX would quietly take for a constant what is another value at
     another call: ``self.training``, a random draw, a tensor made on the spot, a mode of torch, the type of an input.
 
     ``failed`` are the paths of the innermost modules that did, but for the root. Tracing goes on after them, as if they
@@ -114,7 +114,11 @@ class LayerTracer(ReplayTracer):
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return fn, [self.given.get(str(a.node.target), a) if type(a) is Value else a for a in args]
+        return fn, [self.given.get(a.node.name, a) if type(a) is Value else a for a in args]
+
+    def proxy(self, node: fx.Node) -> Any:
+        value = super().proxy(node)
+        return value if node.op == "placeholder" else self.given.get(node.name, value)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +132,10 @@ class LayerTracer(ReplayTracer):
                 return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
             return result
 
-        return super().call_module(m, watched, args, kwargs)
+        called: Any = super().call_module(m, watched, args, kwargs)
+        if type(m) is nn.MultiheadAttention and kwargs.get("need_weights") is False:
+            return called[0], None  # what it returns then: a proxy would be taken for weights
+        return called
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Node:
         if not _is_grad_enabled():
