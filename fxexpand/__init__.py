@@ -4,6 +4,8 @@ from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, Rul
 from fxexpand.graph.trace import trace
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
+from fxexpand.passes.explain import explain
+from fxexpand.passes.fuse import fuse
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule, layer
@@ -21,6 +23,8 @@ __all__ = [
     "VerificationError",
     "contract",
     "expand",
+    "explain",
+    "fuse",
     "layer",
     "summary",
     "trace",

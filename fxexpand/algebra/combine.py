@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 
 import torch
@@ -26,22 +27,53 @@ def add(a: Kernel, b: Kernel) -> Kernel | Refusal:
         return refusal
     groups = gcd(a.groups, b.groups)
     a, b = with_groups(a, groups), with_groups(b, groups)
-    grid = [_common_grid(a, b, axis) for axis in range(a.dims)]
-    dilation = tuple(step for step, _, _ in grid)
-    size = tuple(count for _, count, _ in grid)
-    padding = tuple(sides for _, _, sides in grid)
+    dilation, size, padding = _grid(a, b)
     weight = _on_grid(a, dilation, size, padding) + _on_grid(b, dilation, size, padding)
     return Kernel(weight, _sum_of_biases(a.bias, b.bias), a.stride, padding, dilation, groups)
 
 
+def concatenate(a: Kernel, b: Kernel) -> Kernel | Refusal:
+    """The kernel that gives the output channels of ``a``, then those of ``b``.
+
+    Before:  y = cat([a(x), b(x)], channels)
+    After:   y = concatenate(a, b)(x)
+
+    Exact when: strides and input channels agree and both give the same output size, as in ``add``. Has one group.
+    """
+    refusal = _different_outputs(a, b)
+    if refusal is not None:
+        return refusal
+    a, b = with_groups(a, 1), with_groups(b, 1)
+    dilation, size, padding = _grid(a, b)
+    weight = torch.cat([_on_grid(kernel, dilation, size, padding) for kernel in (a, b)])  # (n_a + n_b, m, *k)
+    bias = None
+    if a.bias is not None or b.bias is not None:
+        held = [k.weight.new_zeros(k.out_channels) if k.bias is None else k.bias for k in (a, b)]
+        bias = torch.cat(held)
+    return Kernel(weight, bias, a.stride, padding, dilation)
+
+
+def scaled(kernel: Kernel, factor: float) -> Kernel:
+    """The kernel of ``factor * kernel``."""
+    bias = None if kernel.bias is None else kernel.bias * factor
+    return replace(kernel, weight=kernel.weight * factor, bias=bias)
+
+
 def _mismatch(a: Kernel, b: Kernel) -> Refusal | None:
-    if a.dims != b.dims:
-        return Refusal(f"one branch has {a.dims} spatial axes, the other {b.dims}")
-    if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
+    if a.dims == b.dims and (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
         return Refusal(
             f"one branch maps {a.in_channels} channels to {a.out_channels}, "
             f"the other {b.in_channels} to {b.out_channels}"
         )
+    return _different_outputs(a, b)
+
+
+def _different_outputs(a: Kernel, b: Kernel) -> Refusal | None:
+    """Why the kernels do not read the same signals, or not for outputs of one size; or None."""
+    if a.dims != b.dims:
+        return Refusal(f"one branch has {a.dims} spatial axes, the other {b.dims}")
+    if a.in_channels != b.in_channels:
+        return Refusal(f"one branch takes {a.in_channels} channels, the other {b.in_channels}")
     if a.stride != b.stride:
         return Refusal(f"the branches have strides {a.stride} and {b.stride}")
     for axis in range(a.dims):
@@ -54,8 +86,14 @@ def _mismatch(a: Kernel, b: Kernel) -> Refusal | None:
     return None
 
 
+def _grid(a: Kernel, b: Kernel) -> tuple[Ints, Ints, Sides]:
+    """Dilation, number of taps and padding of the coarsest regular grid that holds the taps of both."""
+    grid = [_common_grid(a, b, axis) for axis in range(a.dims)]
+    return tuple(step for step, _, _ in grid), tuple(count for _, count, _ in grid), tuple(p for _, _, p in grid)
+
+
 def _common_grid(a: Kernel, b: Kernel, axis: int) -> tuple[int, int, tuple[int, int]]:
-    """(dilation, number of taps, padding) of the coarsest regular grid that holds the taps of both."""
+    """(dilation, number of taps, padding) of the grid on one axis."""
     before = max(a.padding[axis][0], b.padding[axis][0])
     after = max(a.padding[axis][1], b.padding[axis][1])
     # Offsets δ·u − p of all taps, measured from the first one.

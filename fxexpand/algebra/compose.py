@@ -29,10 +29,12 @@ def compose(first: Kernel, second: Kernel) -> Kernel | Refusal:
     if refusal is not None:
         return refusal
     groups = gcd(first.groups, second.groups)
-    first, second = with_groups(first, groups), with_groups(second, groups)
     steps = [_step(first, second, axis) for axis in range(first.dims)]
+    weight = _scaled_weight(first, second)
+    if weight is None:
+        weight = _weight(with_groups(first, groups), with_groups(second, groups), steps)
     return Kernel(
-        weight=_weight(first, second, steps),
+        weight=weight,
         bias=_bias(first, second),
         stride=tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
         padding=tuple(
@@ -115,6 +117,22 @@ def _step(first: Kernel, second: Kernel, axis: int) -> int:
     if second.kernel_size[axis] > 1:
         spacings.append(first.stride[axis] * second.dilation[axis])
     return gcd(*spacings) if spacings else 1
+
+
+def _scaled_weight(first: Kernel, second: Kernel) -> Tensor | None:
+    """The weight where one kernel is depthwise and one pointwise, as batch norm is both: products without a sum.
+
+    None for other kernels.
+    """
+    if not (first.pointwise or second.pointwise):
+        return None
+    if second.depthwise:
+        return first.weight * second.weight  # (n, m/g, *k1) · (n, 1, *k2)
+    if first.depthwise:
+        taps = first.weight.reshape(second.groups, 1, -1, *first.kernel_size)
+        # (g, n/g, c/g, *k2) · (g, 1, c/g, *k1) -> (n, c/g, *K)
+        return (grouped(second.weight, second.groups) * taps).flatten(0, 1)
+    return None
 
 
 def _weight(first: Kernel, second: Kernel, steps: list[int]) -> Tensor:

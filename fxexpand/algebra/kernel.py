@@ -73,14 +73,24 @@ class Kernel:
         return tuple(self.weight.shape[2:])
 
     @property
+    def depthwise(self) -> bool:
+        """Whether every output channel reads the input channel of the same number, and no other."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the kernel has one tap on every axis."""
+        return all(k == 1 for k in self.kernel_size)
+
+    @property
     def reach(self) -> Ints:
         """The distance between the first and the last tap on each axis, in samples: δ·(k − 1)."""
         return tuple(step * (k - 1) for step, k in zip(self.dilation, self.kernel_size, strict=True))
 
-    def to(self, *, dtype: torch.dtype) -> Kernel:
-        """The same map with its tensors in ``dtype``."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, weight=self.weight.to(dtype), bias=bias)
+    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Kernel:
+        """The same map with its tensors in ``dtype``, on ``device``; on "meta", it computes shapes alone."""
+        bias = None if self.bias is None else self.bias.to(dtype=dtype, device=device)
+        return replace(self, weight=self.weight.to(dtype=dtype, device=device), bias=bias)
 
     def detach(self) -> Kernel:
         """The same map, cut off from autograd."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -30,11 +30,20 @@ class FunctionStep:
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace ``nodes``, layers applied one after another, by ``steps``, which read what the first of them reads."""
+    """Replace ``nodes``, in the order of the graph, by ``steps`` on the value of ``source``.
+
+    The last of the nodes gives the only value that others read. Without a ``source`` the nodes are layers applied one
+    after another, and it is what the first of them reads. The last step has ``meta`` beside what the last node had.
+    ``constants`` are nodes, computed from attributes alone, that go where nothing uses them any more; reads of
+    attributes always do.
+    """
 
     graph_module: fx.GraphModule
     nodes: tuple[fx.Node, ...]
     steps: tuple[ModuleStep | FunctionStep, ...]
+    source: fx.Node | None = None
+    constants: frozenset[fx.Node] = frozenset()
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 def rewrite(edits: Iterable[Edit]) -> None:
@@ -44,29 +53,41 @@ def rewrite(edits: Iterable[Edit]) -> None:
     all other nodes stay, also those without users: they may be there for their side effects.
     """
     touched: dict[int, fx.GraphModule] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for edit in edits:
-        _carry_out(edit)
+        _carry_out(edit, replaced)
         touched[id(edit.graph_module)] = edit.graph_module
     for gm in touched.values():
         gm.graph.lint()
         gm.recompile()
 
 
-def _carry_out(edit: Edit) -> None:
-    graph, last = edit.graph_module.graph, edit.nodes[-1]
-    value = source_of(edit.nodes[0])  # now, not when the edit was planned: an edit before this one may have changed it
+def _carry_out(edit: Edit, replaced: dict[fx.Node, fx.Node]) -> None:
+    graph, first, last = edit.graph_module.graph, edit.nodes[0], edit.nodes[-1]
+    # Now, not when the edit was planned: an edit before this one may have changed it.
+    value = source_of(first) if edit.source is None else replaced.get(edit.source, edit.source)
     for step in edit.steps:
-        with graph.inserting_before(last):
+        with graph.inserting_before(first):  # where the value is read now: something may change it later, in place
             value = _emit(graph, value, step)
         value.meta = {name: fact for name, fact in last.meta.items() if name not in _VALUE_META}
-    value.meta = dict(last.meta)
+    value.meta = {**last.meta, **edit.meta}
     last.replace_all_uses_with(value)
+    replaced[last] = value
     for node in reversed(edit.nodes):
-        inputs = list(node.all_input_nodes)
+        constants = [source for source in node.all_input_nodes if source not in edit.nodes and source is not value]
         graph.erase_node(node)
-        for read in inputs:
-            if read.op == "get_attr" and not read.users:
-                graph.erase_node(read)
+        _erase_unused(graph, constants, edit.constants)
+
+
+def _erase_unused(graph: fx.Graph, waiting: list[fx.Node], constants: frozenset[fx.Node]) -> None:
+    """Erase reads of attributes, and what is computed of them alone, where nothing uses them."""
+    gone: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if (node.op == "get_attr" or node in constants) and not node.users and node not in gone:
+            waiting += node.all_input_nodes
+            graph.erase_node(node)
+            gone.add(node)
 
 
 def source_of(node: fx.Node) -> fx.Node:

@@ -137,3 +137,9 @@ def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
             waiting += value.values()
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             waiting += value
+
+
+def tensors_outside(model: nn.Module) -> list[Tensor]:
+    """The tensors in plain attributes of ``model``, lists and dictionaries: no parameters and buffers of modules."""
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return [value for value in _shareable(model) if isinstance(value, Tensor) and id(value) not in held]

@@ -27,8 +27,8 @@ class OtherUses:
 
     @staticmethod
     def of(model: nn.Module) -> OtherUses:
-        graphs, running = _running(model)
-        return OtherUses(parameter_owners(model), _reads(graphs), running)
+        graphs, code = running(model)
+        return OtherUses(parameter_owners(model), _reads(graphs), code)
 
     def refusal(self, site: Site) -> Refusal | None:
         """Why the weight and bias of ``site`` are not its alone, or None where they are."""
@@ -78,7 +78,7 @@ def parameter_read(gm: fx.GraphModule, node: object) -> nn.Parameter | None:
     return value if isinstance(value, nn.Parameter) else None
 
 
-def _running(model: nn.Module) -> tuple[list[fx.GraphModule], dict[int, nn.Module]]:
+def running(model: nn.Module) -> tuple[list[fx.GraphModule], dict[int, nn.Module]]:
     """The graph modules whose graphs run when ``model`` does, and by id the modules whose own code runs."""
     graphs: dict[int, fx.GraphModule] = {}
     running: dict[int, nn.Module] = {}

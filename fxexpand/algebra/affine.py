@@ -1,0 +1,146 @@
+"""What one layer of torch can be: a kernel with a padding mode of its own, or a transposed convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from fxexpand.algebra.combine import add, concatenate, scaled
+from fxexpand.algebra.compose import compose
+from fxexpand.algebra.cost import macs
+from fxexpand.algebra.kernel import Ints, Kernel, Sides, with_groups
+from fxexpand.algebra.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Border:
+    """Padding before a kernel with something else than zeros: the mode of ``ConvNd``, and (before, after) an axis."""
+
+    mode: str
+    sides: Sides
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The settings of a transposed convolution, one entry an axis."""
+
+    stride: Ints
+    padding: Ints
+    output_padding: Ints
+    dilation: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The map of one layer.
+
+    With ``border``, the signal is padded so before ``kernel``, which pads nothing itself. With ``transposed``, the
+    layer is a transposed convolution with the weight that ``kernel`` holds as (n, m / groups, *k): each input sample
+    is spread over k outputs, and the settings of ``kernel`` itself are neutral.
+    """
+
+    kernel: Kernel
+    border: Border | None = None
+    transposed: Transposed | None = None
+
+    @property
+    def dims(self) -> int:
+        return self.kernel.dims
+
+    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Affine:
+        """The same map with its tensors in ``dtype``, on ``device``."""
+        return replace(self, kernel=self.kernel.to(dtype=dtype, device=device))
+
+    def output_size(self, size: Ints) -> Ints:
+        """The spatial size of the output for an input of spatial size ``size``, at least 1 an axis."""
+        if self.transposed is not None:
+            t = self.transposed
+            return tuple(
+                (length - 1) * s - 2 * p + step * (k - 1) + more + 1
+                for length, s, p, more, step, k in zip(
+                    size, t.stride, t.padding, t.output_padding, t.dilation, self.kernel.kernel_size, strict=True
+                )
+            )
+        return tuple(max(length, 1) for length in self.kernel.output_size(self._padded(size)))
+
+    def macs(self, size: Ints) -> int:
+        """Multiply-accumulates of the layer for one sample of spatial size ``size``."""
+        if self.dims == 0:
+            return self.kernel.in_channels * self.kernel.out_channels  # a linear layer has no groups
+        if self.transposed is not None:
+            return self.kernel.weight.numel() * prod(size)
+        return max(macs(self.kernel, self._padded(size)), self.kernel.weight.numel())
+
+    def _padded(self, size: Ints) -> Ints:
+        if self.border is None:
+            return size
+        return tuple(length + sum(sides) for length, sides in zip(size, self.border.sides, strict=True))
+
+
+def identity(dims: int, channels: int, dtype: torch.dtype = torch.float64) -> Affine:
+    """The map that leaves a signal as it is."""
+    return Affine(Kernel(torch.ones(channels, 1, *(1,) * dims, dtype=dtype), groups=channels))
+
+
+def in_series(first: Affine, second: Affine) -> Affine | Refusal:
+    """The map of ``second ∘ first``, as one layer; see ``compose`` for when there is one.
+
+    A padding mode other than zeros has to come first. Around a transposed convolution stand pointwise maps only,
+    without a bias before it: at the border, its taps see that bias fewer times.
+    """
+    if second.border is not None:
+        return Refusal(f"it pads with mode {second.border.mode!r} in the middle, where one layer would see the signal")
+    if first.transposed is not None or second.transposed is not None:
+        return _with_transposed(first, second)
+    whole = compose(first.kernel, second.kernel)
+    if isinstance(whole, Refusal):
+        return whole
+    if first.border is not None and any(map(any, whole.padding)):
+        return Refusal(f"one layer cannot pad with zeros and with mode {first.border.mode!r}")
+    return Affine(whole, first.border)
+
+
+def _with_transposed(first: Affine, second: Affine) -> Affine | Refusal:
+    other = second if first.transposed is not None else first
+    plain = other.kernel.pointwise and set(other.kernel.stride) <= {1} and not any(map(any, other.kernel.padding))
+    if other.transposed is not None or other.border is not None or not plain:
+        return Refusal("beside a transposed convolution only pointwise layers merge")
+    if other is first and first.kernel.bias is not None:
+        return Refusal("its bias would be seen fewer times at the border of the transposed convolution; drop the bias")
+    whole = compose(first.kernel, second.kernel)
+    return whole if isinstance(whole, Refusal) else Affine(whole, None, first.transposed or second.transposed)
+
+
+def in_sum(a: Affine, b: Affine) -> Affine | Refusal:
+    """The map of ``a + b``; see ``add``."""
+    return _only_kernels(a, b) or _affine(add(a.kernel, b.kernel))
+
+
+def in_concatenation(a: Affine, b: Affine) -> Affine | Refusal:
+    """The map that gives the channels of ``a``, then those of ``b``; see ``concatenate``."""
+    return _only_kernels(a, b) or _affine(concatenate(a.kernel, b.kernel))
+
+
+def times(a: Affine, factor: float) -> Affine:
+    """The map of ``factor * a``."""
+    return a if factor == 1 else replace(a, kernel=scaled(a.kernel, factor))
+
+
+def without_groups(a: Affine) -> Affine:
+    """The same map; a linear layer is dense."""
+    return replace(a, kernel=with_groups(a.kernel, 1)) if a.dims == 0 else a
+
+
+def _only_kernels(a: Affine, b: Affine) -> Refusal | None:
+    for branch in (a, b):
+        if branch.transposed is not None:
+            return Refusal("one of the branches is a transposed convolution")
+        if branch.border is not None:
+            return Refusal(f"one of the branches pads with mode {branch.border.mode!r}")
+    return None
+
+
+def _affine(kernel: Kernel | Refusal) -> Affine | Refusal:
+    return kernel if isinstance(kernel, Refusal) else Affine(kernel)

@@ -1,0 +1,82 @@
+"""A map -> the plain layer of torch that applies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxexpand.algebra.affine import Affine, without_groups
+from fxexpand.algebra.kernel import Sides
+from fxexpand.graph.rewrite import FunctionStep
+
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a new layer takes over from the ones it replaces."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    requires_grad: bool
+    training: bool
+
+
+def layer_of(affine: Affine, flags: Flags) -> tuple[FunctionStep | None, nn.Module]:
+    """The layer that applies ``affine``, in the dtype of ``flags``; before it, the padding that it cannot do itself."""
+    kernel = without_groups(affine).kernel
+    weight = kernel.weight if affine.transposed is None else _swapped(kernel.weight, kernel.groups)
+    mode, sides = ("zeros", kernel.padding) if affine.border is None else (affine.border.mode, affine.border.sides)
+    own = all(before == after >= 0 for before, after in sides)
+    layer = _blank(affine, mode, sides if own else ((0, 0),) * affine.dims)
+    layout = flags.memory_format if weight.dim() in (4, 5) else torch.contiguous_format
+    held = weight.to(dtype=flags.dtype, memory_format=layout, copy=True)
+    layer._parameters["weight"] = nn.Parameter(held, requires_grad=flags.requires_grad)
+    if kernel.bias is not None:
+        bias = kernel.bias.to(dtype=flags.dtype, copy=True)
+        layer._parameters["bias"] = nn.Parameter(bias, requires_grad=flags.requires_grad)
+    layer.training = flags.training
+    return (None if own else _padding(mode, sides)), layer
+
+
+def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
+    """The layer with its settings, and no numbers yet."""
+    kernel = affine.kernel
+    m, n, has_bias = kernel.in_channels, kernel.out_channels, kernel.bias is not None
+    if affine.dims == 0:
+        return nn.Linear(m, n, bias=has_bias, device="meta")
+    if affine.transposed is not None:
+        t = affine.transposed
+        settings = {
+            "stride": t.stride,
+            "padding": t.padding,
+            "output_padding": t.output_padding,
+            "dilation": t.dilation,
+        }
+    else:
+        settings = {
+            "stride": kernel.stride,
+            "padding": tuple(before for before, _ in sides),
+            "dilation": kernel.dilation,
+        }
+        settings["padding_mode"] = mode if any(map(any, sides)) else "zeros"  # type: ignore[assignment]
+    build = (_CONVOLUTIONS if affine.transposed is None else _TRANSPOSED)[affine.dims]
+    layer: nn.Module = build(m, n, kernel.kernel_size, groups=kernel.groups, bias=has_bias, device="meta", **settings)
+    return layer
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """(n, m / g, *k) -> (m, n / g, *k)"""
+    swapped: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return swapped
+
+
+def _padding(mode: str, sides: Sides) -> FunctionStep:
+    amounts = [amount for pair in reversed(sides) for amount in pair]
+    settings: tuple[tuple[str, Any], ...] = (("pad", amounts),)
+    return FunctionStep(F.pad, (), settings if mode == "zeros" else (*settings, ("mode", mode)))

@@ -1,0 +1,81 @@
+"""What of a graph does not depend on its inputs: parameters, buffers, and what is computed from them alone."""
+
+from __future__ import annotations
+
+import operator
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "matmul", "neg", "pow", "getitem")
+_BOTH = (
+    *("abs", "add", "div", "exp", "flatten", "matmul", "mean", "mul", "neg", "norm", "permute", "pow", "reciprocal"),
+    *("reshape", "rsqrt", "sigmoid", "softmax", "sqrt", "square", "squeeze", "sub", "sum", "swapaxes", "t", "tanh"),
+    *("transpose", "unsqueeze", "var"),
+)
+_FUNCTIONS = (*_BOTH, "cat", "concat", "diag", "einsum", "mm", "multiply", "stack")
+_METHODS = {
+    *(*_BOTH, "clone", "contiguous", "detach", "double", "expand", "expand_as", "float", "half", "repeat", "view"),
+    "view_as",
+}
+_PURE = {
+    *(getattr(operator, name) for name in _OPERATORS),
+    *(getattr(torch, name) for name in _FUNCTIONS),
+    F.normalize,
+    F.softmax,
+    F.softplus,
+    F.pad,
+}
+
+
+class Constants:
+    """The constant values of ``gm``, computed when they are asked for.
+
+    ``changed`` are the nodes the values of which the graph itself changes in place: a counter, a running mean.
+    """
+
+    def __init__(self, gm: fx.GraphModule, changed: frozenset[fx.Node]) -> None:
+        self.gm = gm
+        self._values: dict[fx.Node, Any] = {}
+        self._constant: set[fx.Node] = set()
+        for node in gm.graph.nodes:
+            if node not in changed and (node.op == "get_attr" or self._is_computed(node)):
+                self._constant.add(node)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._constant
+
+    def value(self, node: Any) -> Any:
+        """The value of a constant node; what is no node stands for itself."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self._values:
+            with torch.no_grad():
+                self._values[node] = self._evaluate(node)
+        return self._values[node]
+
+    def parameters(self, node: object) -> list[Tensor]:
+        """The parameters and buffers that a constant is computed from."""
+        if not isinstance(node, fx.Node):
+            return []
+        if node.op == "get_attr":
+            value = attrgetter(str(node.target))(self.gm)
+            return [value] if isinstance(value, Tensor) else []
+        return [tensor for source in node.all_input_nodes for tensor in self.parameters(source)]
+
+    def _is_computed(self, node: fx.Node) -> bool:
+        pure = node.target in (_PURE if node.op == "call_function" else _METHODS if node.op == "call_method" else ())
+        sources = node.all_input_nodes
+        return pure and bool(sources) and all(source in self._constant for source in sources)
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            value = attrgetter(str(node.target))(self.gm)
+            return value.detach() if isinstance(value, Tensor) else value
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -1,0 +1,99 @@
+"""What a graph changes in place."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxexpand.graph.layers import is_layer
+
+IN_PLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "iand", "ifloordiv", "imatmul", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor")
+}
+# What gives a tensor of its own, never one that shares memory with an input.
+_FRESH = {
+    *(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "matmul")),
+    *(getattr(torch, name) for name in ("add", "sub", "mul", "div", "neg", "matmul", "mm", "addmm", "cat", "concat")),
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.batch_norm, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+}
+_FRESH_METHODS = {"add", "sub", "mul", "div", "neg", "matmul", "mm"}
+_FRESH_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+class Effects:
+    """Where values of ``gm`` are changed in place, also through another value that shares their memory."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        self._group: dict[fx.Node, fx.Node] = {}
+        self._changes: dict[fx.Node, list[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            for source in () if self.is_fresh(node) else node.all_input_nodes:
+                self._group[self._root(source)] = self._root(node)  # it may share memory with any input
+        for node in gm.graph.nodes:
+            for target in self._changed_by(node):
+                self._changes.setdefault(self._root(target), []).append(node)
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether the value of ``node`` surely shares no memory with the values it is computed from."""
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            return is_layer(module) or isinstance(module, _FRESH_MODULES)
+        if "out" in node.kwargs:
+            return False
+        return node.target in (_FRESH_METHODS if node.op == "call_method" else _FRESH)
+
+    def changed(self) -> frozenset[fx.Node]:
+        """The nodes the values of which something changes in place."""
+        return frozenset(node for node in self.order if self._root(node) in self._changes)
+
+    def changes_between(self, node: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
+        """A node from ``first`` to ``last`` that changes the value of ``node``, or None."""
+        positions = self.order[first], self.order[last]
+        changes = self._changes.get(self._root(node), [])
+        return next((change for change in changes if positions[0] <= self.order[change] < positions[1]), None)
+
+    def owns(self, node: fx.Node) -> bool:
+        """Whether the one who uses ``node``, its only user, may change its value in place without anyone seeing it."""
+        while len(node.users) == 1:
+            if self.is_fresh(node):
+                return True
+            sources = node.all_input_nodes
+            if len(sources) != 1 or node.op in ("get_attr", "placeholder"):
+                return False
+            node = sources[0]
+        return False
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node in self._group and self._group[node] is not node:
+            following = self._group[node]
+            self._group[node] = self._group.get(following, following)
+            node = following
+        return node
+
+    def _changed_by(self, node: fx.Node) -> list[fx.Node]:
+        """The values that ``node`` may change in place."""
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return []
+        first: list[Any] = [node.args[0]] if node.args else [node.kwargs.get("input")]
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            foreign = not type(module).__module__.startswith("torch.") and not is_layer(module)
+            if foreign:  # code that nobody has looked into
+                return node.all_input_nodes
+            found = first if getattr(module, "inplace", False) else []
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            in_place = name.endswith("_") and not name.endswith("__")
+            flags = (*node.args[1:], node.kwargs.get("inplace"))
+            asked = not self.is_fresh(node) and any(flag is True for flag in flags)
+            written = node.target in IN_PLACE_OPERATORS or name in ("setitem", "__setitem__") or in_place or asked
+            found = [*(first if written else []), node.kwargs.get("out")]
+        return [value for value in found if isinstance(value, fx.Node)]

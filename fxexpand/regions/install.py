@@ -1,0 +1,163 @@
+"""Putting merged layers into a model: the edits of its graphs, and what is no longer used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor, fx, nn
+
+from fxexpand.algebra.affine import Affine
+from fxexpand.graph.lift import memory_format_of
+from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
+from fxexpand.regions.build import Flags, layer_of
+from fxexpand.regions.naming import Places
+from fxexpand.regions.parts import Unary
+from fxexpand.regions.plan import Merge
+from fxexpand.regions.reading import Reading
+from fxexpand.regions.region import map_between
+
+# Where the node of a merged layer says what was merged: the names of the nodes that it stands for.
+MERGED = "merged"
+
+Work: TypeAlias = "list[tuple[Reading, list[Merge]]]"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A new layer, and the map that it was made of, in float64."""
+
+    layer: nn.Module
+    exact: Affine
+
+
+def install(model: nn.Module, work: Work) -> list[Made]:
+    """Carry out the merges in the graphs of ``model``; modules and parameters that nothing uses any more go."""
+    places = _places(model, work)
+    edits: list[Edit] = []
+    made: list[Made] = []
+    known: dict[tuple[object, ...], str] = {}
+    for reading, merges in work:
+        for merge in _in_order(reading, merges):
+            affine = map_between(reading, merge.stretch, sketch=False)
+            if not isinstance(affine, Affine):
+                raise RuntimeError(f"{merge.stretch.last.name}: planned as one layer, and not one: {affine}")
+            padding, layer = layer_of(affine, _flags(reading, merge))
+            key = _layers_called(reading, merge)
+            if key not in known:
+                path = places.path(reading.gm, merge.stretch, _main(reading, merge))
+                places.put(reading.gm, path, layer, [*merge.stretch.nodes, *_constants(reading, merge)])
+                known[key] = path
+                made.append(Made(layer, affine if padding is None else _unpadded(affine)))
+            step = ModuleStep(known[key])
+            edits.append(
+                Edit(
+                    graph_module=reading.gm,
+                    nodes=merge.stretch.nodes,
+                    steps=(step,) if padding is None else (padding, step),
+                    source=merge.stretch.source,
+                    constants=frozenset(_constants(reading, merge)),
+                    meta={MERGED: _names(merge)},
+                )
+            )
+    rewrite(edits)
+    places.clean_up()
+    return made
+
+
+def paths_of(model: nn.Module, work: Work) -> dict[fx.Node, str]:
+    """The last node of each merge -> the path, in its graph module, that the layer will have."""
+    places, known = _places(model, work), dict[tuple[object, ...], str]()
+    found: dict[fx.Node, str] = {}
+    for reading, merges in work:
+        for merge in _in_order(reading, merges):
+            key = _layers_called(reading, merge)
+            if key not in known:
+                known[key] = places.path(reading.gm, merge.stretch, _main(reading, merge))
+            found[merge.stretch.last] = known[key]
+    return found
+
+
+def _places(model: nn.Module, work: Work) -> Places:
+    merged = {node for _, merges in work for merge in merges for node in merge.stretch.nodes}
+    constants = {node for reading, merges in work for merge in merges for node in _constants(reading, merge)}
+    return Places(model, merged | constants)
+
+
+def _in_order(reading: Reading, merges: list[Merge]) -> list[Merge]:
+    order = reading.effects.order
+    return sorted(merges, key=lambda found: order[found.stretch.nodes[0]])
+
+
+def _names(merge: Merge) -> tuple[str, ...]:
+    """The nodes of a merge, and those that had been merged into them before."""
+    names: list[str] = []
+    for node in merge.stretch.nodes:
+        names += node.meta.get(MERGED, (label(node),))
+    return tuple(names)
+
+
+def label(node: fx.Node) -> str:
+    """The path of the module that ``node`` calls, or its own name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _layers_called(reading: Reading, merge: Merge) -> tuple[object, ...]:
+    """What tells the layer of a merge from others: chains of the same modules give one layer, called several times."""
+    nodes = merge.stretch.nodes
+    parts = [reading.part(node) for node in nodes]
+    if all(node.op == "call_module" and isinstance(part, Unary) for node, part in zip(nodes, parts, strict=True)):
+        signal = reading.signal(merge.stretch.source)
+        return (signal.dims, *(id(reading.gm.get_submodule(str(node.target))) for node in nodes), id(reading.gm))
+    return (merge.stretch.last,)
+
+
+def _main(reading: Reading, merge: Merge) -> fx.Node:
+    """The node that gives a merged layer its name and flags: the one with the most weights, the first of equals."""
+
+    def weights(node: fx.Node) -> int:
+        part = reading.part(node)
+        return max((t.numel() for t in part.tensors), default=0) if isinstance(part, Unary) and part.computes else -1
+
+    return max(merge.stretch.nodes, key=weights)
+
+
+def _flags(reading: Reading, merge: Merge) -> Flags:
+    main = _main(reading, merge)
+    part = reading.part(main)
+    assert isinstance(part, Unary)
+    weight = part.tensors[0]
+    module = reading.gm.get_submodule(str(main.target)) if main.op == "call_module" else reading.gm
+    return Flags(
+        dtype=weight.dtype,
+        memory_format=memory_format_of(weight),
+        requires_grad=any(
+            tensor.requires_grad for node in merge.stretch.nodes for tensor in _parameters(reading, node)
+        ),
+        training=module.training,
+    )
+
+
+def _parameters(reading: Reading, node: fx.Node) -> list[Tensor]:
+    """The parameters that a node computes with."""
+    if node.op == "call_module":
+        return list(reading.gm.get_submodule(str(node.target)).parameters())
+    sources = [source for source in node.all_input_nodes if source in reading.constants]
+    return [tensor for source in sources for tensor in reading.constants.parameters(source)]
+
+
+def _constants(reading: Reading, merge: Merge) -> list[fx.Node]:
+    """The constant nodes that the nodes of a merge are computed with."""
+    found: dict[fx.Node, None] = {}
+    waiting = [source for node in merge.stretch.nodes for source in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node in reading.constants and node not in found:
+            found[node] = None
+            waiting += node.all_input_nodes
+    return list(found)
+
+
+def _unpadded(affine: Affine) -> Affine:
+    kernel = replace(affine.kernel, padding=((0, 0),) * affine.dims)
+    return replace(affine, kernel=kernel, border=None)

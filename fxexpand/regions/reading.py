@@ -1,0 +1,224 @@
+"""A graph, read: what each of its nodes does, as far as that is linear, and what is known of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.kernel import Ints
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.errors import FxExpandError
+from fxexpand.regions.calls import Calls
+from fxexpand.regions.constants import Constants
+from fxexpand.regions.effects import Effects
+from fxexpand.regions.layers import lift_as, lift_module
+from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
+from fxexpand.regions.shapes import Shapes
+
+Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Any]]"
+
+# The extent of an axis where no example says it: costs are compared, and differ by the strides alone.
+NOMINAL = 64
+
+# Modules the output of which has the axes of their input.
+_SAME_AXES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.LayerNorm, nn.GroupNorm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+_SAME_AXES_CALLS = {"relu", "relu_", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh", "leaky_relu", "elu"}
+
+
+class Reading:
+    """What is known of the graph of ``gm`` before anything is changed.
+
+    ``parts`` has an entry for each node that is linear, or would be but for a reason. ``exact`` are the maps of layers
+    of which more is known than their weights say, by the id of the layer.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, shapes: Shapes, lifts: Lifts, exact: Mapping[int, Affine] | None = None
+    ) -> None:
+        self.gm = gm
+        self.shapes = shapes
+        self._exact = exact or {}
+        self.effects = Effects(gm)
+        self.constants = Constants(gm, self.effects.changed())
+        self._calls = Calls(self.constants, self.effects)
+        self.parts: dict[fx.Node, Unary | Join | Refusal] = {}
+        for node in gm.graph.nodes:
+            lifted = self._lift(node, lifts)
+            if lifted is not None:
+                self.parts[node] = lifted
+        self.signals = _signals(self)
+        self._maps: dict[fx.Node, Affine | Refusal | None] = {}
+        self._sketches: dict[fx.Node, Affine | Refusal | None] = {}
+        self._sizes: dict[fx.Node, Ints] = {}
+
+    def part(self, node: fx.Node) -> Unary | Join | None:
+        """What ``node`` does, if it is linear."""
+        found = self.parts.get(node)
+        return None if isinstance(found, Refusal) else found
+
+    def signal(self, node: fx.Node) -> Signal:
+        return self.signals.get(node, Signal())
+
+    def map_of(self, node: fx.Node) -> Affine | Refusal | None:
+        """The map that a unary node applies: None where it leaves its input as it is."""
+        if node not in self._maps:
+            part = self.parts[node]
+            assert isinstance(part, Unary)
+            self._maps[node] = part.make(self.signal(part.source))
+        return self._maps[node]
+
+    def sketch_of(self, node: fx.Node) -> Affine | Refusal | None:
+        """The map that a unary node applies, without its numbers."""
+        if node not in self._sketches:
+            found = self.map_of(node)
+            self._sketches[node] = found.to(device="meta") if isinstance(found, Affine) else found
+        return self._sketches[node]
+
+    def size(self, node: fx.Node) -> Ints:
+        """The spatial size of the value of ``node``, or one that stands for it where no example tells it."""
+        if node not in self._sizes:
+            waiting = [node]
+            while waiting:  # a long chain of layers is no depth for recursion
+                source = self._size_source(waiting[-1])
+                if source is None or source in self._sizes:
+                    current = waiting.pop()
+                    self._sizes[current] = self._size(current, source)
+                else:
+                    waiting.append(source)
+        return self._sizes[node]
+
+    def _size_source(self, node: fx.Node) -> fx.Node | None:
+        part = self.part(node)
+        return None if part is None or node in self.shapes else part.sources[0]
+
+    def _size(self, node: fx.Node, source: fx.Node | None) -> Ints:
+        dims = max(self.signal(node).dims or 0, 0)
+        if node in self.shapes:
+            shape = self.shapes[node]
+            return shape[len(shape) - dims :]
+        if source is None:
+            return (NOMINAL,) * dims
+        size, part = self._sizes[source], self.part(node)
+        found = self.sketch_of(node) if isinstance(part, Unary) else None
+        if isinstance(found, Affine) and len(size) == found.dims:
+            return found.output_size(size)
+        return size if len(size) == dims else (NOMINAL,) * dims
+
+    def _lift(self, node: fx.Node, lifts: Lifts) -> Lifted:
+        if node in self.constants:
+            return None
+        if node.op in ("call_function", "call_method"):
+            return self._calls.lift(node)
+        if node.op != "call_module":
+            return None
+        module = self.gm.get_submodule(str(node.target))
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
+            return None
+        for cls, lift in lifts.items():
+            if isinstance(module, cls):
+                return lift_as(module, _lifted_by_user(lift, module, str(node.target)), source)
+        lifted = lift_module(module, source)
+        exact = self._exact.get(id(module))
+        return replace(lifted, make=lambda _: exact) if exact is not None and isinstance(lifted, Unary) else lifted
+
+
+def _lifted_by_user(lift: Callable[[Any], Any], module: nn.Module, path: str) -> object:
+    try:
+        with torch.no_grad():
+            return lift(module)
+    except Exception as error:
+        raise FxExpandError(
+            f"{path} ({type(module).__name__}): expected its entry in lifts to give a Kernel, "
+            f"but it raised {type(error).__name__}: {error}. Mend the function."
+        ) from error
+
+
+def _signals(reading: Reading) -> dict[fx.Node, Signal]:
+    """What the nodes tell of the values around them, passed on forwards and backwards until nothing is new."""
+    found: dict[fx.Node, Signal] = {}
+
+    def note(node: fx.Node, signal: Signal) -> bool:
+        known = found.get(node, Signal())
+        together = known.known_with(signal)
+        found[node] = together
+        return together != known
+
+    for node, shape in reading.shapes.items():
+        if node.graph is reading.gm.graph:
+            note(node, Signal(rank=len(shape)))
+    nodes = list(reading.gm.graph.nodes)
+    for node in nodes:
+        part = reading.part(node)
+        if isinstance(part, Unary):
+            note(part.source, part.reads)
+            note(node, part.gives)
+        elif _flattens(reading.gm, node):
+            note(node, Signal(rank=2))
+    for _ in range(4):
+        news = [_pass_on(reading, node, found, note) for node in nodes]
+        news += [_pass_on(reading, node, found, note) for node in reversed(nodes)]
+        if not any(news):
+            break
+    return found
+
+
+def _pass_on(
+    reading: Reading, node: fx.Node, found: dict[fx.Node, Signal], note: Callable[[fx.Node, Signal], bool]
+) -> bool:
+    """Tell the values around ``node`` what is known of each other; whether anything was new."""
+    part = reading.part(node)
+
+    def at(value: fx.Node) -> Signal:
+        return found.get(value, Signal()).agreed()
+
+    if isinstance(part, Unary):
+        before = at(part.source)
+        after = None if before.channels is None or part.gives.channels else part.channels(before.channels)
+        new = note(node, before.of_channels(after))
+        here = at(node)
+        return note(part.source, here if part.channels is same_channels else here.of_channels(None)) or new
+    if isinstance(part, Join):
+        summed = part.factors is not None
+        total = None if summed else _total([at(source).channels for source in part.sources])
+        news = [note(node, at(source) if summed else at(source).of_channels(total)) for source in part.sources]
+        here = at(node) if summed else at(node).of_channels(None)
+        return any(news + [note(source, here) for source in part.sources])
+    if _keeps_axes(reading.gm, node):
+        source = node.all_input_nodes[0]
+        return any([note(source, Signal(rank=at(node).rank)), note(node, Signal(rank=at(source).rank))])
+    return False
+
+
+def _total(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _keeps_axes(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))) in _SAME_AXES
+    return getattr(node.target, "__name__", node.target) in _SAME_AXES_CALLS
+
+
+def _flattens(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the value of ``node`` has two axes: everything but the batch is flattened."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target in (torch.flatten, "flatten"):
+        given = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | dict(node.kwargs)
+        return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
+    return node.op == "call_function" and node.target is torch.mm

@@ -1,0 +1,66 @@
+"""explain: what fuse merges, and why it leaves the rest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from fxexpand.passes.fuse import Lifts, plan_all, prepared
+from fxexpand.regions.explanation import Explanation, Merged, Refused
+from fxexpand.regions.install import MERGED, label, paths_of
+from fxexpand.regions.plan import Plan
+from fxexpand.regions.reading import Reading
+from fxexpand.regions.shapes import shapes_of
+
+
+def explain(
+    model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None
+) -> Explanation:
+    """What ``fuse`` with the same arguments merges in ``model``, and what it has merged already; the model stays.
+
+    ``.merged`` has an entry for each new layer, ``.refused`` one for each linear node that is left alone, with the
+    reason. ``str()`` is a table.
+
+    Raises ``FxExpandError`` as ``fuse`` does.
+    """
+    work = prepared(model, "explain", when, lifts)
+    prefixes = {id(module): path for path, module in work.named_modules()}
+    merged: list[Merged] = []
+    refused: list[Refused] = []
+    plans = plan_all(work, shapes_of(work, example_inputs, "explain"), when, lifts)
+    paths = paths_of(work, [(reading, plan.merges) for reading, plan in plans])
+    for reading, plan in plans:
+        prefix = prefixes[id(reading.gm)]
+        merged += _merged(reading, plan, prefix, paths)
+        refused += _refused(reading, plan, prefix)
+    return Explanation(tuple(merged), tuple(refused))
+
+
+def _merged(reading: Reading, plan: Plan, prefix: str, paths: Mapping[fx.Node, str]) -> list[Merged]:
+    found: dict[fx.Node, Merged] = {}
+    for node in reading.gm.graph.nodes:
+        if MERGED in node.meta:
+            names = tuple(_join(prefix, name) for name in node.meta[MERGED])
+            found[node] = Merged(_join(prefix, label(node)), names)
+    for merge in plan.merges:
+        names = tuple(_join(prefix, label(node)) for node in merge.stretch.nodes)
+        path = _join(prefix, paths[merge.stretch.last])
+        found[merge.stretch.last] = Merged(path, names, (merge.before.macs, merge.cost.macs))
+    return [found[node] for node in reading.gm.graph.nodes if node in found]
+
+
+def _refused(reading: Reading, plan: Plan, prefix: str) -> list[Refused]:
+    return [
+        Refused((_join(prefix, label(node)),), plan.refused[node], _kind(reading.gm, node))
+        for node in reading.gm.graph.nodes
+        if node in plan.refused and MERGED not in node.meta
+    ]
+
+
+def _kind(gm: fx.GraphModule, node: fx.Node) -> str:
+    return type(gm.get_submodule(str(node.target))).__name__ if node.op == "call_module" else ""
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

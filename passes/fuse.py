@@ -1,0 +1,128 @@
+"""fuse: every linear region becomes one layer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, fx, nn
+
+from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.kernel import Kernel
+from fxexpand.errors import FxExpandError
+from fxexpand.graph.trace import check_model, open_up
+from fxexpand.graph.traced import copy_model, tensors_outside
+from fxexpand.graph.uses import running
+from fxexpand.regions.install import install
+from fxexpand.regions.layers import TRAINING
+from fxexpand.regions.parts import Unary
+from fxexpand.regions.plan import Plan, Planner
+from fxexpand.regions.reading import Reading
+from fxexpand.regions.shapes import shapes_of
+
+Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Kernel]]"
+
+
+def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None) -> nn.Module:
+    """A copy of ``model`` in which every linear region that can be one layer, and no dearer, is one plain layer.
+
+    Before:  y = bn(conv(x)) + bn_1(conv_1(x))
+    After:   y = conv(x)
+
+    Identity: W₂ * (W₁ * x) = (W₂ ∘ W₁) * x, and W₁ * x + W₂ * x = (W₁ + W₂) * x. Layers, batch norm in eval mode,
+    average pools, scales, shifts, zero padding, sums, differences, residuals, concatenations and slices of channels
+    take part. Composed in float64 and cast once. The new layer has the name of the layer, or of the whole container,
+    that it replaces; what is no longer used goes.
+
+    Exact when: see ``compose``, ``add`` and ``concatenate``. What would not be is left alone; ``explain`` says why.
+
+    ``when="cheaper"`` merges what then costs no more multiply-accumulates, and takes the cheapest plan; ``"always"``
+    merges whatever is exact. Costs are those for ``example_inputs``, the arguments of ``model(...)``; without them, of
+    signals of 64 samples an axis. The inputs also tell how many axes values have, without which some are refused.
+
+    ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does.
+
+    Warns once when batch norm in training mode is all that holds up a merge. Raises ``FxExpandError`` for what is no
+    module, a ``when`` it does not know, or inputs that the model does not run on.
+    """
+    work = prepared(model, "fuse", when, lifts)
+    made: dict[int, Affine] = {}
+    new: list[nn.Module] = []
+    shapes = shapes_of(work, example_inputs, "fuse")
+    held_up = False
+    again = True
+    while again:
+        plans = plan_all(work, shapes, when, lifts, made)
+        held_up = held_up or any(_held_up_by_training(reading, plan) for reading, plan in plans)
+        found = install(work, [(reading, plan.merges) for reading, plan in plans])
+        made |= {id(entry.layer): entry.exact for entry in found}
+        new += [entry.layer for entry in found]
+        again = bool(found) and any(plan.again for _, plan in plans)
+    if held_up:
+        warnings.warn(
+            "fuse: batch norm in training mode holds up merges; call model.eval() first", UserWarning, stacklevel=2
+        )
+    return _unshared(work, new)
+
+
+def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.Module:
+    """The graphs of ``model`` over its own tensors, once the arguments are checked."""
+    check_model(model, task, FxExpandError)
+    if when not in ("cheaper", "always"):
+        raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
+    entries: Iterable[tuple[Any, Any]] = (lifts or {}).items()
+    for cls, lift in entries:
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and callable(lift)):
+            raise FxExpandError(
+                f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {cls!r}: {lift!r}. "
+                "Give the class of the module, and a function."
+            )
+    return open_up(copy_model(model, share=True), tuple(lifts or ()))
+
+
+def plan_all(
+    work: nn.Module,
+    shapes: dict[fx.Node, tuple[int, ...]],
+    when: str,
+    lifts: Lifts | None,
+    made: Mapping[int, Affine] | None = None,
+) -> list[tuple[Reading, Plan]]:
+    """A plan for each graph that runs when ``work`` does."""
+    plans: list[tuple[Reading, Plan]] = []
+    for gm in running(work)[0]:
+        reading = Reading(gm, shapes, lifts or {}, made)
+        plans.append((reading, Planner(reading, always=when == "always").plan()))
+    return plans
+
+
+def _held_up_by_training(reading: Reading, plan: Plan) -> bool:
+    """Whether batch norm in training mode follows a layer that it would merge with."""
+    for node, reason in plan.refused.items():
+        if reason == TRAINING:
+            source = node.all_input_nodes[0]
+            part = reading.part(source)
+            if isinstance(part, Unary) and part.computes and len(source.users) == 1:
+                return True
+    return False
+
+
+def _unshared(work: nn.Module, new: list[nn.Module]) -> nn.Module:
+    """``work`` with tensors of its own in place of those that it shares with the model that came in."""
+    memo: dict[int, Any] = {id(p): p for layer in new for p in layer.parameters()}
+    if any(id(tensor) not in memo for tensor in tensors_outside(work)):
+        return copy_model(work, share=False)
+    for module in work.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in tables:
+            held.update({name: _copied(tensor, memo) for name, tensor in held.items() if tensor is not None})
+    return work
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if id(tensor) not in memo and not tensor.is_leaf:
+        memo[id(tensor)] = tensor.detach().clone()
+    copied: Tensor = copy.deepcopy(tensor, memo)
+    return copied
