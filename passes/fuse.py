@@ -58,7 +58,7 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
         plans = plan_all(work, shapes, when, lifts, made)
         held_up = held_up or any(_held_up_by_training(reading, plan) for reading, plan in plans)
         found = install(work, [(reading, plan.merges) for reading, plan in plans])
-        made |= {id(entry.layer): entry.exact for entry in found}
+        made |= {id(entry.layer): entry.exact for entry in found if entry.exact is not None}
         new += [entry.layer for entry in found]
         again = bool(found) and any(plan.again for _, plan in plans)
     if held_up:

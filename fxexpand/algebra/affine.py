@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from fxexpand.algebra.combine import add, concatenate, scaled
-from fxexpand.algebra.compose import compose
+from fxexpand.algebra.compose import compose, compose_rounded
 from fxexpand.algebra.cost import macs
 from fxexpand.algebra.kernel import Ints, Kernel, Sides, with_groups
 from fxexpand.algebra.refusal import Refusal
@@ -100,6 +100,19 @@ def in_series(first: Affine, second: Affine) -> Affine | Refusal:
     if first.border is not None and any(map(any, whole.padding)):
         return Refusal(f"one layer cannot pad with zeros and with mode {first.border.mode!r}")
     return Affine(whole, first.border)
+
+
+def scales(affine: Affine) -> bool:
+    """Whether ``affine`` is a number for each channel, as batch norm is."""
+    kernel = affine.kernel
+    if affine.border is not None or affine.transposed is not None:
+        return False
+    return kernel.depthwise and kernel.pointwise and set(kernel.stride) <= {1} and not any(map(any, kernel.padding))
+
+
+def scaled_and_rounded(affine: Affine, scale: Affine, dtype: torch.dtype) -> Affine:
+    """``scale`` after ``affine``, computed in float64 and rounded once to ``dtype``; see ``compose_rounded``."""
+    return replace(affine, kernel=compose_rounded(affine.kernel, scale.kernel, dtype))
 
 
 def _with_transposed(first: Affine, second: Affine) -> Affine | Refusal:

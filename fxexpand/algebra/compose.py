@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import gcd
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxexpand.algebra.kernel import Kernel, grouped, with_groups
 from fxexpand.algebra.refusal import Refusal
+
+# Elements of a weight that are computed at a time: 2 MiB in float64.
+_BLOCK = 1 << 18
 
 
 def compose(first: Kernel, second: Kernel) -> Kernel | Refusal:
@@ -60,6 +65,26 @@ def compose_all(kernels: Iterable[Kernel]) -> Kernel | Refusal:
             return whole
         whole = compose(whole, kernel)
     return whole
+
+
+def compose_rounded(first: Kernel, scale: Kernel, dtype: torch.dtype) -> Kernel:
+    """``compose(first, scale)`` in float64, rounded once to ``dtype``; not differentiable.
+
+    For a depthwise and pointwise ``scale`` with stride 1 and no padding, such as batch norm. Works through the weight
+    in blocks that fit a cache, in a fraction of the time that whole copies in float64 take.
+    """
+    factors = scale.weight.detach().double().flatten()
+    weight = torch.empty_like(first.weight, dtype=dtype)
+    rows = max(1, _BLOCK // max(1, first.weight[0].numel()))
+    shape = (-1, *(1,) * (weight.dim() - 1))
+    for i in range(0, len(weight), rows):
+        block = first.weight[i : i + rows].detach().to(torch.float64, copy=True)
+        weight[i : i + rows] = block.mul_(factors[i : i + rows].reshape(shape))
+    bias = None if scale.bias is None else scale.bias.detach().double()
+    if first.bias is not None:
+        scaled = first.bias.detach().double() * factors
+        bias = scaled if bias is None else bias + scaled
+    return replace(first, weight=weight, bias=None if bias is None else bias.to(dtype))
 
 
 def padding_refusal(first: Kernel, second: Kernel) -> Refusal | None:

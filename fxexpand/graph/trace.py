@@ -114,8 +114,7 @@ def _attempt(
     for path, names in volatile_attributes(model, kept).items():
         hide(scratch.get_submodule(path), names, tracer.refuse)
     try:
-        graph = tracer.trace(scratch)
-        fx.GraphModule(scratch, graph)  # not every graph can be written as code
+        graph = fx.GraphModule(scratch, tracer.trace(scratch)).graph  # not every graph can be written as code
     except Exception:  # noqa: BLE001 -- any code of the user's can run here, and raise anything
         return None, tracer.failed or {""}
     return graph, changed_modules(model, scratch)

@@ -31,8 +31,11 @@ class TracedModule(fx.GraphModule):
 
     @staticmethod
     def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
-        """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it."""
-        plain = vars(fx.GraphModule(model, graph))
+        """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it.
+
+        ``graph`` may belong to a graph module over a copy of ``model`` that shares its tensors.
+        """
+        plain = vars(graph.owning_module or fx.GraphModule(model, graph))
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
         state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
         model.__class__ = _own_class(type(model))

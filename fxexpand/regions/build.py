@@ -27,18 +27,21 @@ class Flags:
     training: bool
 
 
-def layer_of(affine: Affine, flags: Flags) -> tuple[FunctionStep | None, nn.Module]:
-    """The layer that applies ``affine``, in the dtype of ``flags``; before it, the padding that it cannot do itself."""
+def layer_of(affine: Affine, flags: Flags, *, copy: bool) -> tuple[FunctionStep | None, nn.Module]:
+    """The layer that applies ``affine``, in the dtype of ``flags``; before it, the padding that it cannot do itself.
+
+    Without ``copy`` it takes the tensors of ``affine`` for its own where they fit.
+    """
     kernel = without_groups(affine).kernel
     weight = kernel.weight if affine.transposed is None else _swapped(kernel.weight, kernel.groups)
     mode, sides = ("zeros", kernel.padding) if affine.border is None else (affine.border.mode, affine.border.sides)
     own = all(before == after >= 0 for before, after in sides)
     layer = _blank(affine, mode, sides if own else ((0, 0),) * affine.dims)
     layout = flags.memory_format if weight.dim() in (4, 5) else torch.contiguous_format
-    held = weight.to(dtype=flags.dtype, memory_format=layout, copy=True)
+    held = weight.detach().to(dtype=flags.dtype, memory_format=layout, copy=copy)
     layer._parameters["weight"] = nn.Parameter(held, requires_grad=flags.requires_grad)
     if kernel.bias is not None:
-        bias = kernel.bias.to(dtype=flags.dtype, copy=True)
+        bias = kernel.bias.detach().to(dtype=flags.dtype, copy=copy)
         layer._parameters["bias"] = nn.Parameter(bias, requires_grad=flags.requires_grad)
     layer.training = flags.training
     return (None if own else _padding(mode, sides)), layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
@@ -15,7 +16,7 @@ from fxexpand.regions.naming import Places
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Merge
 from fxexpand.regions.reading import Reading
-from fxexpand.regions.region import map_between
+from fxexpand.regions.region import map_between, scaled_layer
 
 # Where the node of a merged layer says what was merged: the names of the nodes that it stands for.
 MERGED = "merged"
@@ -25,10 +26,10 @@ Work: TypeAlias = "list[tuple[Reading, list[Merge]]]"
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A new layer, and the map that it was made of, in float64."""
+    """A new layer, and the map that it was made of, in float64; None where that has been rounded."""
 
     layer: nn.Module
-    exact: Affine
+    exact: Affine | None
 
 
 def install(model: nn.Module, work: Work) -> list[Made]:
@@ -39,16 +40,15 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     known: dict[tuple[object, ...], str] = {}
     for reading, merges in work:
         for merge in _in_order(reading, merges):
-            affine = map_between(reading, merge.stretch, sketch=False)
-            if not isinstance(affine, Affine):
-                raise RuntimeError(f"{merge.stretch.last.name}: planned as one layer, and not one: {affine}")
-            padding, layer = layer_of(affine, _flags(reading, merge))
+            flags = _flags(reading, merge)
+            exact, affine = _map(reading, merge, flags.dtype)
+            padding, layer = layer_of(affine, flags, copy=exact is not None)
             key = _layers_called(reading, merge)
             if key not in known:
                 path = places.path(reading.gm, merge.stretch, _main(reading, merge))
                 places.put(reading.gm, path, layer, [*merge.stretch.nodes, *_constants(reading, merge)])
                 known[key] = path
-                made.append(Made(layer, affine if padding is None else _unpadded(affine)))
+                made.append(Made(layer, exact if exact is None or padding is None else _unpadded(exact)))
             step = ModuleStep(known[key])
             edits.append(
                 Edit(
@@ -63,6 +63,17 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     rewrite(edits)
     places.clean_up()
     return made
+
+
+def _map(reading: Reading, merge: Merge, dtype: torch.dtype) -> tuple[Affine | None, Affine]:
+    """The map of a merge in float64, where it is kept, and the one to make a layer of."""
+    rounded = scaled_layer(reading, merge.stretch, dtype)
+    if rounded is not None:
+        return None, rounded
+    exact = map_between(reading, merge.stretch, sketch=False)
+    if not isinstance(exact, Affine):
+        raise RuntimeError(f"{merge.stretch.last.name}: planned as one layer, and not one: {exact}")
+    return exact, exact
 
 
 def paths_of(model: nn.Module, work: Work) -> dict[fx.Node, str]:

@@ -116,12 +116,13 @@ class Places:
         return name in names or (in_container and (not above or above[-1] in names))
 
     def _calls(self) -> dict[int, set[fx.Node]]:
-        """id of a module -> the nodes that call it."""
+        """id of a module -> the nodes that call it, or read a tensor that it holds."""
         callers: dict[int, set[fx.Node]] = {}
         for gm in self._graphs:
             for node in gm.graph.nodes:
-                if node.op == "call_module":
-                    callers.setdefault(id(gm.get_submodule(str(node.target))), set()).add(node)
+                if node.op in ("call_module", "get_attr"):
+                    path = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+                    callers.setdefault(id(gm.get_submodule(path)), set()).add(node)
         return callers
 
     def _drop_modules(self, gone: set[int], callers: dict[int, set[fx.Node]]) -> set[int]:

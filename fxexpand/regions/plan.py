@@ -167,7 +167,7 @@ class Planner:
                 return Refusal(f"their tensors differ: {', '.join(sorted(map(str, kind)))}")
         if not any(self._computes(node) for element in elements[start:end] for node in element.stretch.nodes):
             return Refusal("no convolution or linear layer stands beside it to take it in")
-        return Cost(without_groups(found).macs(self.reading.size(source)), 1)
+        return Cost(self._macs(found, source), 1)
 
     def _tensors(self, element: _Element) -> list[Tensor]:
         parts = [self.reading.part(node) for node in element.stretch.nodes]
@@ -186,7 +186,10 @@ class Planner:
         found = self.reading.sketch_of(node) if isinstance(part, Unary) and part.computes else None
         if not isinstance(found, Affine) or not isinstance(part, Unary):
             return Cost(nodes=1)
-        return Cost(without_groups(found).macs(self.reading.size(part.source)), 1)
+        return Cost(self._macs(found, part.source), 1)
+
+    def _macs(self, affine: Affine, source: fx.Node) -> int:
+        return without_groups(affine).macs(self.reading.size(source, affine.dims))
 
     def _weight(self, cost: Cost) -> int:
         return cost.nodes * _FIRST + cost.macs if self.always else cost.macs * _FIRST + cost.nodes
@@ -235,7 +238,7 @@ class Planner:
         before = sum((self._as_it_stands(element) for element in elements), Cost())
         if not isinstance(found, Affine) or before.macs == 0:
             return f"{names}: no convolution or linear layer stands beside it to take it in"
-        ratio = without_groups(found).macs(self.reading.size(elements[0].stretch.source)) / before.macs
+        ratio = self._macs(found, elements[0].stretch.source) / before.macs
         if ratio <= 1:
             return f"{names}: it is cheaper to merge one of them with what stands on its other side"
         return f'{names}: one kernel would cost {ratio:.1f} times the MACs; when="always" merges it'

@@ -84,8 +84,11 @@ class Reading:
             self._sketches[node] = found.to(device="meta") if isinstance(found, Affine) else found
         return self._sketches[node]
 
-    def size(self, node: fx.Node) -> Ints:
-        """The spatial size of the value of ``node``, or one that stands for it where no example tells it."""
+    def size(self, node: fx.Node, dims: int) -> Ints:
+        """The size of the value of ``node`` on its last ``dims`` axes, or one that stands for it."""
+        if node in self.shapes:
+            shape = self.shapes[node]
+            return shape[len(shape) - dims :] if len(shape) >= dims else (NOMINAL,) * dims
         if node not in self._sizes:
             waiting = [node]
             while waiting:  # a long chain of layers is no depth for recursion
@@ -95,7 +98,8 @@ class Reading:
                     self._sizes[current] = self._size(current, source)
                 else:
                     waiting.append(source)
-        return self._sizes[node]
+        found = self._sizes[node]
+        return found if len(found) == dims else (NOMINAL,) * dims
 
     def _size_source(self, node: fx.Node) -> fx.Node | None:
         part = self.part(node)
@@ -104,15 +108,14 @@ class Reading:
     def _size(self, node: fx.Node, source: fx.Node | None) -> Ints:
         dims = max(self.signal(node).dims or 0, 0)
         if node in self.shapes:
-            shape = self.shapes[node]
-            return shape[len(shape) - dims :]
-        if source is None:
-            return (NOMINAL,) * dims
-        size, part = self._sizes[source], self.part(node)
-        found = self.sketch_of(node) if isinstance(part, Unary) else None
-        if isinstance(found, Affine) and len(size) == found.dims:
-            return found.output_size(size)
-        return size if len(size) == dims else (NOMINAL,) * dims
+            return self.size(node, dims)
+        part = self.part(node)
+        if source is None or not isinstance(part, Unary):
+            return (NOMINAL,) * dims if source is None else self.size(source, dims)
+        found = self.sketch_of(node)
+        if isinstance(found, Affine):
+            return found.output_size(self.size(source, found.dims))
+        return self.size(source, dims)
 
     def _lift(self, node: fx.Node, lifts: Lifts) -> Lifted:
         if node in self.constants:

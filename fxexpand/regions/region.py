@@ -9,7 +9,16 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_series, in_sum, times
+from fxexpand.algebra.affine import (
+    Affine,
+    identity,
+    in_concatenation,
+    in_series,
+    in_sum,
+    scaled_and_rounded,
+    scales,
+    times,
+)
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.regions.maps import axis_refusal, shaped
 from fxexpand.regions.parts import Join, Unary
@@ -115,6 +124,26 @@ def map_between(reading: Reading, stretch: Stretch, *, sketch: bool) -> Affine |
         if isinstance(found, Refusal):
             return found.at(node.name)
     return maps[stretch.last]
+
+
+def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype) -> Affine | None:
+    """The map of ``stretch`` in ``dtype``, where it is one layer and then batch norm or the like; else None."""
+    maps: list[Affine] = []
+    for node in stretch.nodes:
+        found = reading.map_of(node) if isinstance(reading.part(node), Unary) else Refusal("a join")
+        if isinstance(found, Refusal):
+            return None
+        if found is not None:
+            maps.append(found)
+    if len(maps) < 2 or not all(map(scales, maps[1:])):
+        return None
+    scale = maps[1].to(dtype=torch.float64)
+    for following in maps[2:]:
+        whole = in_series(scale, following.to(dtype=torch.float64))
+        if isinstance(whole, Refusal):
+            return None
+        scale = whole
+    return scaled_and_rounded(maps[0], scale, dtype)
 
 
 def in_turn(first: Affine | Refusal | None, second: Affine | Refusal | None) -> Affine | Refusal | None:
