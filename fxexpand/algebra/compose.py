@@ -152,6 +152,8 @@ def _scaled_weight(first: Kernel, second: Kernel) -> Tensor | None:
     if not (first.pointwise or second.pointwise):
         return None
     if second.depthwise:
+        if first.weight.is_meta and second.pointwise:
+            return first.weight  # a shape is all there is to it, and torch takes its time over those
         return first.weight * second.weight  # (n, m/g, *k1) · (n, 1, *k2)
     if first.depthwise:
         taps = first.weight.reshape(second.groups, 1, -1, *first.kernel_size)

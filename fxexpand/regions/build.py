@@ -52,7 +52,7 @@ def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
     kernel = affine.kernel
     m, n, has_bias = kernel.in_channels, kernel.out_channels, kernel.bias is not None
     if affine.dims == 0:
-        return nn.Linear(m, n, bias=has_bias, device="meta")
+        return _uninitialized(nn.Linear, m, n, bias=has_bias)
     if affine.transposed is not None:
         t = affine.transposed
         settings = {
@@ -69,7 +69,14 @@ def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
         }
         settings["padding_mode"] = mode if any(map(any, sides)) else "zeros"  # type: ignore[assignment]
     build = (_CONVOLUTIONS if affine.transposed is None else _TRANSPOSED)[affine.dims]
-    layer: nn.Module = build(m, n, kernel.kernel_size, groups=kernel.groups, bias=has_bias, device="meta", **settings)
+    return _uninitialized(build, m, n, kernel.kernel_size, groups=kernel.groups, bias=has_bias, **settings)
+
+
+def _uninitialized(cls: type[nn.Module], *arguments: Any, **settings: Any) -> nn.Module:
+    """A layer of ``cls`` on the device "meta", without the random numbers that its constructor would draw."""
+    bare = type(cls.__name__, (cls,), {"reset_parameters": lambda _: None})
+    layer: nn.Module = bare(*arguments, device="meta", **settings)
+    layer.__class__ = cls
     return layer
 
 

@@ -125,6 +125,9 @@ class Places:
                     callers.setdefault(id(gm.get_submodule(path)), set()).add(node)
         return callers
 
+    def _is_called(self, module: nn.Module) -> bool:
+        return any(node.op == "call_module" for node in self._callers.get(id(module), ()))
+
     def _drop_modules(self, gone: set[int], callers: dict[int, set[fx.Node]]) -> set[int]:
         """Take out the modules ``gone``; the containers that are empty now."""
         emptied: set[int] = set()
@@ -144,7 +147,7 @@ class Places:
             if not _exists(gm, path) or self._is_named(gm, target):
                 continue
             owner = gm.get_submodule(path)
-            if id(owner) not in self._callers and id(owner) not in self._reached:
+            if not self._is_called(owner) and id(owner) not in self._reached:
                 for held in (owner._parameters, owner._buffers):
                     if name in held and id(held[name]) not in read:
                         del held[name]

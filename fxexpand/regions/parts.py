@@ -31,10 +31,12 @@ class Signal:
         return Signal(_both(self.dims, other.dims), _both(self.channels, other.channels), _both(self.rank, other.rank))
 
     def of_channels(self, channels: int | None) -> Signal:
-        return replace(self, channels=channels)
+        return self if channels == self.channels else replace(self, channels=channels)
 
     def agreed(self) -> Signal:
         """What is known without a conflict."""
+        if CONFLICT not in (self.dims, self.channels, self.rank):
+            return self
         return Signal(*(None if value == CONFLICT else value for value in (self.dims, self.channels, self.rank)))
 
 

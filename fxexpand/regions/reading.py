@@ -25,6 +25,8 @@ Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Any]]"
 # The extent of an axis where no example says it: costs are compared, and differ by the strides alone.
 NOMINAL = 64
 
+_UNKNOWN = Signal()
+
 # Modules the output of which has the axes of their input.
 _SAME_AXES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
@@ -81,7 +83,7 @@ class Reading:
         """The map that a unary node applies, without its numbers."""
         if node not in self._sketches:
             found = self.map_of(node)
-            self._sketches[node] = found.to(device="meta") if isinstance(found, Affine) else found
+            self._sketches[node] = found.to(dtype=torch.float64, device="meta") if isinstance(found, Affine) else found
         return self._sketches[node]
 
     def size(self, node: fx.Node, dims: int) -> Ints:
@@ -148,59 +150,56 @@ def _lifted_by_user(lift: Callable[[Any], Any], module: nn.Module, path: str) ->
 
 
 def _signals(reading: Reading) -> dict[fx.Node, Signal]:
-    """What the nodes tell of the values around them, passed on forwards and backwards until nothing is new."""
+    """What the nodes tell of the values around them, passed on until nothing is new."""
     found: dict[fx.Node, Signal] = {}
-
-    def note(node: fx.Node, signal: Signal) -> bool:
-        known = found.get(node, Signal())
-        together = known.known_with(signal)
-        found[node] = together
-        return together != known
-
-    for node, shape in reading.shapes.items():
-        if node.graph is reading.gm.graph:
-            note(node, Signal(rank=len(shape)))
     nodes = list(reading.gm.graph.nodes)
+    waiting = dict.fromkeys(reversed(nodes))  # an ordered set: the first node is the last
+
+    def note(node: fx.Node, signal: Signal) -> None:
+        known = found.get(node, _UNKNOWN)
+        together = known if signal is _UNKNOWN else known.known_with(signal)
+        if together != known:
+            found[node] = together
+            waiting.update(dict.fromkeys((node, *node.users)))
+
     for node in nodes:
+        if node in reading.shapes:
+            note(node, Signal(rank=len(reading.shapes[node])))
         part = reading.part(node)
         if isinstance(part, Unary):
             note(part.source, part.reads)
             note(node, part.gives)
         elif _flattens(reading.gm, node):
             note(node, Signal(rank=2))
-    for _ in range(4):
-        news = [_pass_on(reading, node, found, note) for node in nodes]
-        news += [_pass_on(reading, node, found, note) for node in reversed(nodes)]
-        if not any(news):
-            break
+    while waiting:
+        node, _ = waiting.popitem()
+        _pass_on(reading, node, lambda value: found.get(value, _UNKNOWN).agreed(), note)
     return found
 
 
 def _pass_on(
-    reading: Reading, node: fx.Node, found: dict[fx.Node, Signal], note: Callable[[fx.Node, Signal], bool]
-) -> bool:
-    """Tell the values around ``node`` what is known of each other; whether anything was new."""
+    reading: Reading, node: fx.Node, at: Callable[[fx.Node], Signal], note: Callable[[fx.Node, Signal], None]
+) -> None:
+    """Tell the values before and after ``node`` what is known ``at`` each other."""
     part = reading.part(node)
-
-    def at(value: fx.Node) -> Signal:
-        return found.get(value, Signal()).agreed()
-
     if isinstance(part, Unary):
         before = at(part.source)
         after = None if before.channels is None or part.gives.channels else part.channels(before.channels)
-        new = note(node, before.of_channels(after))
+        note(node, before.of_channels(after))
         here = at(node)
-        return note(part.source, here if part.channels is same_channels else here.of_channels(None)) or new
-    if isinstance(part, Join):
+        note(part.source, here if part.channels is same_channels else here.of_channels(None))
+    elif isinstance(part, Join):
         summed = part.factors is not None
         total = None if summed else _total([at(source).channels for source in part.sources])
-        news = [note(node, at(source) if summed else at(source).of_channels(total)) for source in part.sources]
+        for source in part.sources:
+            note(node, at(source) if summed else at(source).of_channels(total))
         here = at(node) if summed else at(node).of_channels(None)
-        return any(news + [note(source, here) for source in part.sources])
-    if _keeps_axes(reading.gm, node):
+        for source in part.sources:
+            note(source, here)
+    elif _keeps_axes(reading.gm, node):
         source = node.all_input_nodes[0]
-        return any([note(source, Signal(rank=at(node).rank)), note(node, Signal(rank=at(source).rank))])
-    return False
+        note(source, Signal(rank=at(node).rank))
+        note(node, Signal(rank=at(source).rank))
 
 
 def _total(counts: list[int | None]) -> int | None:
