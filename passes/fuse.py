@@ -6,16 +6,22 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
-from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.affine import Affine, Border
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.errors import FxExpandError
+from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.trace import check_model, open_up
 from fxexpand.graph.traced import copy_model, tensors_outside
+from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
+from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.install import install
 from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
@@ -48,9 +54,8 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     Warns once when batch norm in training mode is all that holds up a merge. Raises ``FxExpandError`` for what is no
     module, a ``when`` it does not know, or inputs that the model does not run on.
     """
-    work = prepared(model, "fuse", when, lifts)
+    work, new = _contracted(prepared(model, "fuse", when, lifts))
     made: dict[int, Affine] = {}
-    new: list[nn.Module] = []
     shapes = shapes_of(work, example_inputs, "fuse")
     held_up = False
     again = True
@@ -68,11 +73,31 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     return _unshared(work, new)
 
 
+def _contracted(work: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """``work`` with one layer for each expansion that code without a graph calls, and these layers."""
+    layers: dict[int, nn.Module] = {}
+    for module in running(work)[1].values():
+        kernel = module.as_kernel(torch.float64) if isinstance(module, Expanded) and not has_hooks(module) else None
+        if isinstance(module, Expanded) and isinstance(kernel, Kernel):
+            mode, sides = module.entry_padding or ("zeros", kernel.padding)
+            plain = mode == "zeros"
+            affine = Affine(replace(kernel, padding=sides) if plain else kernel, None if plain else Border(mode, sides))
+            first = next(module.parameters())
+            flags = Flags(first.dtype, torch.contiguous_format, first.requires_grad, module.training)
+            padding, layer = layer_of(affine, flags, copy=True)
+            if padding is None:
+                layers[id(module)] = layer
+    replace_modules(work, layers)
+    return layers.get(id(work), work), list(layers.values())
+
+
 def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.Module:
     """The graphs of ``model`` over its own tensors, once the arguments are checked."""
     check_model(model, task, FxExpandError)
     if when not in ("cheaper", "always"):
         raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
+    if not isinstance(lifts or {}, Mapping):
+        raise FxExpandError(f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {lifts!r}.")
     entries: Iterable[tuple[Any, Any]] = (lifts or {}).items()
     for cls, lift in entries:
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and callable(lift)):

@@ -17,8 +17,8 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import padding_sides, spread
 from fxexpand.graph.layers import dtype_refusal
 from fxexpand.regions.constants import Constants
-from fxexpand.regions.effects import Effects
-from fxexpand.regions.layers import TRAINING, fixed, transposed_map
+from fxexpand.regions.effects import Effects, writes
+from fxexpand.regions.layers import fixed, transposed_map
 from fxexpand.regions.maps import average, batch_norm_map, padding_map, scale_and_shift, selection
 from fxexpand.regions.parts import Join, Lifted, Made, Signal, Unary
 
@@ -45,7 +45,7 @@ class Calls:
         if rule is None or "out" in node.kwargs:
             return None
         lifted = rule(self, node, target)
-        if isinstance(lifted, (Unary, Join)) and _writes(node) and not self.effects.owns(node.all_input_nodes[0]):
+        if isinstance(lifted, (Unary, Join)) and writes(node) and not self.effects.owns(node.all_input_nodes[0]):
             return Refusal("it changes a value in place that something else sees too")
         return lifted
 
@@ -130,7 +130,7 @@ class Calls:
             return None
         mean, var = given.get("running_mean"), given.get("running_var")
         if given.get("training", False):
-            return Refusal(TRAINING)
+            return Refusal("training=True: it normalises each batch by its own statistics")
         if mean is None or var is None:
             return Refusal("it has no running statistics: it normalises each batch by its own")
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
@@ -187,7 +187,15 @@ class Calls:
             return Join((a, b), (1, sign * alpha))
         if self._variable(a):
             return _shift(a, 1, self.constants.value(b), sign * alpha)
-        return _shift(b, sign * alpha, self.constants.value(a), 1)
+        return _shift(b, sign * alpha, self.constants.value(a), 1) if self._variable(b) else None
+
+    def _reversed_difference(self, node: fx.Node, target: Any) -> Lifted:
+        """``torch.rsub(a, b)``, which is b - a."""
+        values, alpha = _two(node), node.kwargs.get("alpha", 1)
+        if values is None or not isinstance(alpha, (int, float)) or not self._variable(values[0]):
+            return None
+        a, b = values
+        return Join((b, a), (1, -alpha)) if self._variable(b) else _shift(a, -alpha, self.constants.value(b), 1)
 
     def _times(self, node: fx.Node, target: Any) -> Lifted:
         values = _two(node)
@@ -199,7 +207,7 @@ class Calls:
             if not isinstance(factor, (int, float, Tensor)) or not _is_real(factor) or _has_zero(factor):
                 return None
             return scale_and_shift(a, 1 / factor, 0)
-        if self._variable(a) and self._variable(b):
+        if self._variable(a) == self._variable(b):
             return None
         source, factor = (a, self.constants.value(b)) if self._variable(a) else (b, self.constants.value(a))
         return scale_and_shift(source, factor, 0) if _is_real(factor) else None
@@ -331,11 +339,6 @@ def _target(node: fx.Node) -> Any:
     return _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
 
 
-def _writes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("iadd", "isub", "imul", "itruediv") or (name.endswith("_") and not name.endswith("__"))
-
-
 def _nodes(values: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
 
@@ -362,6 +365,7 @@ _RULES: dict[Any, Callable[[Calls, fx.Node, Any], Lifted]] = {
     **dict.fromkeys(
         (operator.mul, operator.truediv, torch.mul, torch.div, operator.imul, operator.itruediv), Calls._times
     ),
+    torch.rsub: Calls._reversed_difference,
     **dict.fromkeys((operator.neg, torch.neg), Calls._negative),
     **dict.fromkeys((torch.cat, torch.concat), Calls._concatenation),
     **dict.fromkeys(_PARTED, Calls._parts),

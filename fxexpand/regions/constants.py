@@ -41,9 +41,18 @@ class Constants:
         self.gm = gm
         self._values: dict[fx.Node, Any] = {}
         self._constant: set[fx.Node] = set()
+        reads = [node for node in changed if node.op == "get_attr"]
+        self._memory = {memory for node in reads for memory in _memory(attrgetter(str(node.target))(gm))}
         for node in gm.graph.nodes:
-            if node not in changed and (node.op == "get_attr" or self._is_computed(node)):
+            fixed = (
+                not self.changes(attrgetter(str(node.target))(gm)) if node.op == "get_attr" else self._is_computed(node)
+            )
+            if fixed and node not in changed:
                 self._constant.add(node)
+
+    def changes(self, tensor: object) -> bool:
+        """Whether the graph changes ``tensor``, or one that shares its memory, in place."""
+        return not self._memory.isdisjoint(_memory(tensor))
 
     def __contains__(self, node: object) -> bool:
         return node in self._constant
@@ -79,3 +88,8 @@ class Constants:
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+
+
+def _memory(value: object) -> tuple[int, ...]:
+    """What tells whether tensors share memory."""
+    return (value.untyped_storage()._cdata,) if isinstance(value, Tensor) and value.layout is torch.strided else ()

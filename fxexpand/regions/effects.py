@@ -35,8 +35,8 @@ class Effects:
         self._group: dict[fx.Node, fx.Node] = {}
         self._changes: dict[fx.Node, list[fx.Node]] = {}
         for node in gm.graph.nodes:
-            for source in () if self.is_fresh(node) else node.all_input_nodes:
-                self._group[self._root(source)] = self._root(node)  # it may share memory with any input
+            for source in self._shared_with(node):
+                self._group[self._root(source)] = self._root(node)
         for node in gm.graph.nodes:
             for target in self._changed_by(node):
                 self._changes.setdefault(self._root(target), []).append(node)
@@ -65,11 +65,17 @@ class Effects:
         while len(node.users) == 1:
             if self.is_fresh(node):
                 return True
-            sources = node.all_input_nodes
-            if len(sources) != 1 or node.op in ("get_attr", "placeholder"):
+            sources = self._shared_with(node)
+            if len(sources) != 1:
                 return False
             node = sources[0]
         return False
+
+    def _shared_with(self, node: fx.Node) -> list[fx.Node]:
+        """The values that the one of ``node`` may share memory with."""
+        if self.is_fresh(node):
+            return []
+        return node.all_input_nodes[:1] if writes(node) else node.all_input_nodes
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self._group and self._group[node] is not node:
@@ -91,9 +97,16 @@ class Effects:
             found = first if getattr(module, "inplace", False) else []
         else:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            in_place = name.endswith("_") and not name.endswith("__")
             flags = (*node.args[1:], node.kwargs.get("inplace"))
             asked = not self.is_fresh(node) and any(flag is True for flag in flags)
-            written = node.target in IN_PLACE_OPERATORS or name in ("setitem", "__setitem__") or in_place or asked
+            written = writes(node) or name in ("setitem", "__setitem__") or asked
             found = [*(first if written else []), node.kwargs.get("out")]
         return [value for value in found if isinstance(value, fx.Node)]
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` is an operation in place by its name, and gives what it has changed: ``x += y``."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))

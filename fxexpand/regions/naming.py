@@ -55,6 +55,12 @@ class Places:
             for gm, path, module in self._gone
             if id(module) not in callers and id(module) not in self._reached and not self._is_named(gm, path)
         }
+        for (_, target), gm in self._read.items():  # modules of which only tensors were read, in functional calls
+            path = target.rpartition(".")[0]
+            if path and _exists(gm, path) and not self._is_named(gm, path):
+                owner = gm.get_submodule(path)
+                if not (owner._modules or id(owner) in callers or id(owner) in self._reached):
+                    gone.add(id(owner))
         emptied = self._drop_modules(gone, callers)
         while emptied:
             emptied = self._drop_modules(emptied, callers)
@@ -99,7 +105,10 @@ class Places:
     def _is_free_parameter(self, gm: fx.GraphModule, path: str) -> bool:
         reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) == path]
         alone = all(set(read.users) <= self._merged for read in reads)
-        return alone and (id(gm), path) not in self._taken and not self._is_named(gm, path)
+        owner = gm.get_submodule(path.rpartition(".")[0])
+        return (
+            alone and not self._is_called(owner) and (id(gm), path) not in self._taken and not self._is_named(gm, path)
+        )
 
     def _names_in_code(self, gm: fx.GraphModule) -> set[str]:
         """The names that code which has no graph, and holds ``gm``, speaks of."""

@@ -130,6 +130,8 @@ class Reading:
         source = node.args[0] if node.args else node.kwargs.get("input")
         if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
             return None
+        if any(map(self.constants.changes, (*module.parameters(), *module.buffers()))):
+            return Refusal("the graph changes its weight or statistics in place")
         for cls, lift in lifts.items():
             if isinstance(module, cls):
                 return lift_as(module, _lifted_by_user(lift, module, str(node.target)), source)
@@ -157,7 +159,7 @@ def _signals(reading: Reading) -> dict[fx.Node, Signal]:
 
     def note(node: fx.Node, signal: Signal) -> None:
         known = found.get(node, _UNKNOWN)
-        together = known if signal is _UNKNOWN else known.known_with(signal)
+        together = _with_shape(known.known_with(signal), reading.shapes.get(node, ()))
         if together != known:
             found[node] = together
             waiting.update(dict.fromkeys((node, *node.users)))
@@ -175,6 +177,13 @@ def _signals(reading: Reading) -> dict[fx.Node, Signal]:
         node, _ = waiting.popitem()
         _pass_on(reading, node, lambda value: found.get(value, _UNKNOWN).agreed(), note)
     return found
+
+
+def _with_shape(signal: Signal, shape: tuple[int, ...]) -> Signal:
+    """``signal`` with the channels that ``shape`` has on their axis."""
+    if signal.channels is not None or signal.dims is None or not 0 <= signal.dims < len(shape):
+        return signal
+    return signal.of_channels(shape[-1 - signal.dims])
 
 
 def _pass_on(

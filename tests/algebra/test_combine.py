@@ -1,4 +1,4 @@
-"""The sum of two kernels is exact where it is given, and refused only where there is no sum."""
+"""Sums and concatenations of kernels are exact where they are given, and refused only where there is none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 
 import drawing
-from fxexpand.algebra import Kernel, Refusal, add
+from fxexpand.algebra import Kernel, Refusal, add, concatenate, scaled
 
 Pair = tuple[Kernel, Kernel]
 
@@ -169,3 +169,37 @@ def test_bias(biases: tuple[bool, bool]) -> None:
     else:
         assert bias is not None
         assert torch.equal(bias, torch.stack(present).sum(0))
+
+
+@given(drawing.branches(), st.integers(1, 3))
+def test_the_matrix_of_a_concatenation_is_one_above_the_other(pair: Pair, n: int) -> None:
+    a, b = pair
+    b = replace(b, weight=drawing.random(n, b.in_channels, *b.kernel_size), bias=None, groups=1)
+    whole = concatenate(a, b)
+    assert isinstance(whole, Kernel)
+    for size in drawing.sizes(a):
+        (M_a, b_a), (M_b, b_b) = drawing.dense(a, size), drawing.dense(b, size)
+        drawing.assert_equal(drawing.dense(whole, size), (torch.cat([M_a, M_b]), torch.cat([b_a, b_b])))
+
+
+@given(drawing.branches())
+def test_a_concatenation_is_refused_where_a_sum_is_for_the_sizes(pair: Pair) -> None:
+    a, b = pair
+    d = a.dims
+    assume(d > 0)
+    for other, word in [
+        (replace(b, stride=tuple(s + 1 for s in b.stride)), "strides"),
+        (replace(b, padding=tuple((p + 1, q) for p, q in b.padding)), "size"),
+        (Kernel(drawing.random(2, a.in_channels + 1, *b.kernel_size), None, b.stride, b.padding), "channels"),
+        (Kernel(drawing.random(2, a.in_channels)), "axes"),
+    ]:
+        refusal = concatenate(a, other)
+        assert isinstance(refusal, Refusal)
+        assert word in refusal.reason
+
+
+@given(drawing.kernels(), st.sampled_from((-1.0, 0.5, 3.0)))
+def test_the_matrix_of_a_multiple_is_the_multiple(kernel: Kernel, factor: float) -> None:
+    for size in drawing.sizes(kernel)[:2]:
+        M, b = drawing.dense(kernel, size)
+        drawing.assert_equal(drawing.dense(scaled(kernel, factor), size), (factor * M, factor * b))

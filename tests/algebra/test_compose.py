@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from math import prod
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import drawing
 from fxexpand.algebra import Kernel, Refusal, compose, compose_all
+from fxexpand.algebra.compose import compose_rounded
 
 Pair = tuple[Kernel, Kernel]
 
@@ -203,3 +205,50 @@ def test_a_refusal_keeps_the_first_place_it_names() -> None:
     assert refusal == Refusal("no", "conv1")
     assert refusal.at("conv2") == refusal
     assert (str(refusal), str(Refusal("no"))) == ("conv1: no", "no")
+
+
+# Batch norm and the like
+
+
+@st.composite
+def with_depthwise(draw: st.DrawFn) -> Pair:
+    """Two kernels of which one is depthwise and one pointwise, in either order."""
+    other = draw(drawing.kernels(padding=None))
+    d, first = other.dims, draw(st.booleans())
+    c = other.out_channels if first else other.in_channels
+    taps = (1,) * d
+    if all(k == 1 for k in other.kernel_size):
+        taps = tuple(draw(st.integers(1, 3)) for _ in range(d))
+    bias = drawing.random(c) if draw(st.booleans()) else None
+    depthwise = Kernel(drawing.random(c, 1, *taps), bias, draw(drawing.strides(d)), groups=c)
+    return (other, depthwise) if first else (depthwise, replace(other, padding=((0, 0),) * d))
+
+
+@given(with_depthwise())
+def test_a_depthwise_kernel_beside_a_pointwise_one(pair: Pair) -> None:
+    whole = _composed(*pair)
+    assert whole.groups == min(pair, key=lambda kernel: kernel.groups).groups
+    for size in drawing.sizes(*pair):
+        drawing.assert_equal(drawing.dense(whole, size), drawing.dense_chain(list(pair), size))
+
+
+@given(drawing.kernels(), st.booleans())
+def test_scaling_in_blocks_is_composing(kernel: Kernel, has_bias: bool) -> None:
+    n = kernel.out_channels
+    shape = (n, 1, *(1,) * kernel.dims)
+    scale = Kernel(drawing.random(*shape), drawing.random(n) if has_bias else None, groups=n)
+    whole, expected = compose_rounded(kernel, scale, torch.float64), _composed(kernel, scale)
+    for size in drawing.sizes(kernel)[:2]:
+        drawing.assert_equal(drawing.dense(whole, size), drawing.dense(expected, size))
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 18])
+def test_blocks_of_any_size_round_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[compose_rounded.__module__], "_BLOCK", block)
+    first = Kernel(torch.randn(7, 3, 3, 3), torch.randn(7))
+    scale = Kernel(drawing.random(7, 1, 1, 1), drawing.random(7), groups=7)
+    whole, exact = compose_rounded(first, scale, torch.float32), _composed(first.to(dtype=torch.float64), scale)
+    assert whole.bias is not None
+    assert exact.bias is not None
+    assert torch.equal(whole.weight, exact.weight.float())
+    assert torch.equal(whole.bias, exact.bias.float())
