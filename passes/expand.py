@@ -19,7 +19,7 @@ from fxexpand.graph.find import find_sites
 from fxexpand.graph.lift import lift_bare, memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
 from fxexpand.graph.site import Call, Site
-from fxexpand.graph.trace import check_model, open_up
+from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
 from fxexpand.rules import Rule, as_rules, match
@@ -61,7 +61,7 @@ def expand(
     check_model(model, "expand")
     if not (callable(init) or init in ("preserve", "standard")):
         raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
-    work = open_up(_copied(model, share=inplace), ())
+    work = open_up(_copied(model, share=inplace), Limits())
     plans = [_plan(site, rule.strategy, init) for site, rule in match(find_sites(work), checked)]
     result = _install(work, plans)
     return _become(model, result) if inplace and isinstance(model, fx.GraphModule) else result

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import fx, nn
 
+from fxexpand.graph.layers import is_layer
+from fxexpand.graph.uses import running
 from fxexpand.passes.fuse import Lifts, plan_all, prepared
 from fxexpand.regions.explanation import Explanation, Merged, Refused
 from fxexpand.regions.install import MERGED, label, paths_of
@@ -34,7 +36,23 @@ def explain(
         prefix = prefixes[id(reading.gm)]
         merged += _merged(reading, plan, prefix, paths)
         refused += _refused(reading, plan, prefix)
-    return Explanation(tuple(merged), tuple(refused))
+    return Explanation(tuple(merged), (*refused, *_without_graph(work)))
+
+
+def _without_graph(work: nn.Module) -> list[Refused]:
+    """The layers that code which has no graph calls."""
+    graphs, code = running(work)
+    called = {id(gm.get_submodule(str(n.target))) for gm in graphs for n in gm.graph.nodes if n.op == "call_module"}
+    found: list[Refused] = []
+    for path, module in work.named_modules():
+        if id(module) in code and id(module) not in called and is_layer(module):
+            parent = type(work.get_submodule(path.rpartition(".")[0])).__name__
+            reason = (
+                f"no graph can stand for the code of {parent} that calls it: control flow that depends on data, "
+                "self.training read in training mode, state, hooks, or code of torch itself"
+            )
+            found.append(Refused((path,), reason, type(module).__name__))
+    return found
 
 
 def _merged(reading: Reading, plan: Plan, prefix: str, paths: Mapping[fx.Node, str]) -> list[Merged]:

@@ -17,7 +17,7 @@ from fxexpand.algebra.kernel import Kernel
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
-from fxexpand.graph.trace import check_model, open_up
+from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model, tensors_outside
 from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
@@ -41,7 +41,7 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     Identity: W₂ * (W₁ * x) = (W₂ ∘ W₁) * x, and W₁ * x + W₂ * x = (W₁ + W₂) * x. Layers, batch norm in eval mode,
     average pools, scales, shifts, zero padding, sums, differences, residuals, concatenations and slices of channels
     take part. Composed in float64 and cast once. The new layer has the name of the layer, or of the whole container,
-    that it replaces; what is no longer used goes.
+    that it replaces; what is no longer used goes. What is in eval mode stays in it: the result is for deployment.
 
     Exact when: see ``compose``, ``add`` and ``concatenate``. What would not be is left alone; ``explain`` says why.
 
@@ -105,7 +105,7 @@ def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.
                 f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {cls!r}: {lift!r}. "
                 "Give the class of the module, and a function."
             )
-    return open_up(copy_model(model, share=True), tuple(lifts or ()))
+    return open_up(copy_model(model, share=True), Limits(tuple(lifts or ()), evaluated=True))
 
 
 def plan_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -44,7 +45,7 @@ def trace(model: nn.Module, *, leaves: Iterable[type[nn.Module]] = ()) -> nn.Mod
     Raises ``ExpansionError`` for what is no module, or is compiled, scripted or wrapped for data-parallel training.
     """
     check_model(model, "trace")
-    return open_up(copy_model(model, share=True), tuple(leaves))
+    return open_up(copy_model(model, share=True), Limits(tuple(leaves)))
 
 
 def check_model(model: object, task: str, error: type[FxExpandError] = ExpansionError) -> None:
@@ -57,34 +58,40 @@ def check_model(model: object, task: str, error: type[FxExpandError] = Expansion
             raise error(f"{task}: expected a plain torch.nn.Module, found {_WRAPPERS[base.__name__]}.")
 
 
-def open_up(
-    model: nn.Module, leaves: tuple[type[nn.Module], ...], opened: dict[int, nn.Module] | None = None
-) -> nn.Module:
+@dataclass(frozen=True)
+class Limits:
+    """What graphs are not to go into: instances of ``leaves``; and whether modules in eval mode are to stay in it."""
+
+    leaves: tuple[type[nn.Module], ...] = ()
+    evaluated: bool = False
+
+
+def open_up(model: nn.Module, limits: Limits, opened: dict[int, nn.Module] | None = None) -> nn.Module:
     """``model`` with everything traced that can be; works on ``model`` itself. ``opened`` keeps shared ones shared."""
     opened = {} if opened is None else opened
     if id(model) not in opened:
         opened[id(model)] = model  # a module that holds itself ends here
-        opened[id(model)] = _open(model, leaves, opened)
+        opened[id(model)] = _open(model, limits, opened)
     return opened[id(model)]
 
 
-def _open(model: nn.Module, leaves: tuple[type[nn.Module], ...], opened: dict[int, nn.Module]) -> nn.Module:
-    if isinstance(model, (fx.GraphModule, Expanded, *leaves)) or is_layer(model) or is_opaque(model):
+def _open(model: nn.Module, limits: Limits, opened: dict[int, nn.Module]) -> nn.Module:
+    if isinstance(model, (fx.GraphModule, Expanded, *limits.leaves)) or is_layer(model) or is_opaque(model):
         return model
-    graph = _graph_of(model, leaves)
+    graph = _graph_of(model, limits)
     if graph is None:
         inner: list[nn.Module | None] = list(model._modules.values())
     else:
         targets = {str(node.target): None for node in graph.nodes if node.op == "call_module"}
         inner = [model.get_submodule(target) for target in targets]
-        TracedModule.adopt(model, graph, leaves)
+        TracedModule.adopt(model, graph, limits.leaves)
     for module in inner:
         if module is not None:
-            open_up(module, leaves, opened)
+            open_up(module, limits, opened)
     return model
 
 
-def _graph_of(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph | None:
+def _graph_of(model: nn.Module, limits: Limits) -> fx.Graph | None:
     """The graph of ``model``, or None where no graph can stand for it.
 
     Each attempt runs on a scratch copy, because a failed one can leave proxies in the attributes of modules. What a
@@ -94,9 +101,9 @@ def _graph_of(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph
         return None
     kept = {path for path, module in model.named_modules() if path and (has_hooks(module) or "forward" in vars(module))}
     while True:
-        graph, culprits = _attempt(model, leaves, kept)
+        graph, culprits = _attempt(model, limits, kept)
         if graph is not None and not culprits:
-            return graph if _holds_for_other_values(model, graph, leaves, kept) else None
+            return graph if _holds_for_other_values(model, graph, limits, kept) else None
         if "" in culprits or culprits <= kept:  # who changes a module that is only called? Its parents do
             return None
         kept |= culprits
@@ -104,13 +111,13 @@ def _graph_of(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph
 
 def _attempt(
     model: nn.Module,
-    leaves: tuple[type[nn.Module], ...],
+    limits: Limits,
     kept: Iterable[str],
     given: Mapping[str, object] | None = None,
 ) -> tuple[fx.Graph | None, set[str]]:
     """The graph of ``model``, if there is one, and the paths of modules that it does not stand for."""
     scratch = copy_model(model, share=True)
-    tracer = LayerTracer(leaves, kept, given)
+    tracer = LayerTracer(limits.leaves, kept, given, evaluated=limits.evaluated)
     for path, names in volatile_attributes(model, kept).items():
         hide(scratch.get_submodule(path), names, tracer.refuse)
     try:
@@ -130,9 +137,7 @@ def _can_be_called_as_a_graph(model: nn.Module) -> bool:
     return not {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL} <= kinds
 
 
-def _holds_for_other_values(
-    model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...], kept: Iterable[str]
-) -> bool:
+def _holds_for_other_values(model: nn.Module, graph: fx.Graph, limits: Limits, kept: Iterable[str]) -> bool:
     """Whether ``graph`` also holds for calls in which arguments, or what nodes return, are None, True or False.
 
     Code cannot be seen asking whether a proxy ``is None``. So the graphs with these values in place of the nodes
@@ -144,7 +149,7 @@ def _holds_for_other_values(
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     possible = ((dict[str, object]({node.name: None}), False) for node in graph.nodes if _may_be_none(model, node))
     for given, certain in chain(_other_arguments(parameters), possible):
-        other, culprits = _attempt(model, leaves, kept, given)
+        other, culprits = _attempt(model, limits, kept, given)
         if other is None and not certain:
             continue  # the model itself does not take these values
         if other is None or culprits or _steps(graph, given) != _steps(other, given):

@@ -68,8 +68,9 @@ class LayerTracer(ReplayTracer):
     """Traces down to layers, and finds out which modules cannot be traced.
 
     ``leaves`` are classes, ``kept`` the paths of modules that stay one node each. ``given`` are values that nodes have,
-    by their names, instead of a proxy. Fails where FX would quietly take for a constant what is another value at
-    another call: ``self.training``, a random draw, a tensor made on the spot, a mode of torch, the type of an input.
+    by their names, instead of a proxy. With ``evaluated``, modules in eval mode are taken to stay in it. Fails where FX
+    would quietly take for a constant what is another value at another call: ``self.training``, a random draw, a tensor
+    made on the spot, a mode of torch, the type of an input.
 
     ``failed`` are the paths of the innermost modules that did, but for the root. Tracing goes on after them, as if they
     had been kept, to find them all; then it fails.
@@ -80,8 +81,11 @@ class LayerTracer(ReplayTracer):
         leaves: tuple[type[nn.Module], ...] = (),
         kept: Iterable[str] = (),
         given: Mapping[str, object] | None = None,
+        *,
+        evaluated: bool = False,
     ) -> None:
         super().__init__()
+        self.evaluated = evaluated
         self.leaves = leaves
         self.kept = frozenset(kept)
         self.given = given or {}
@@ -100,7 +104,7 @@ class LayerTracer(ReplayTracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         r = self.refuse
-        with torch.enable_grad(), watched_modes(r), WatchedCalls(r), no_random_draws(r):
+        with torch.enable_grad(), watched_modes(r, evaluated=self.evaluated), WatchedCalls(r), no_random_draws(r):
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if isinstance(node.type, str):  # an annotation that was postponed: FX cannot write all of them as code
