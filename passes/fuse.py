@@ -26,6 +26,7 @@ from fxexpand.regions.install import install
 from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Plan, Planner
+from fxexpand.regions.reach import Reach
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.shapes import shapes_of
 
@@ -117,8 +118,9 @@ def plan_all(
 ) -> list[tuple[Reading, Plan]]:
     """A plan for each graph that runs when ``work`` does."""
     plans: list[tuple[Reading, Plan]] = []
-    for gm in running(work)[0]:
-        reading = Reading(gm, shapes, lifts or {}, made)
+    reach = Reach(work)
+    for gm in reach.graphs:
+        reading = Reading(gm, shapes, lifts or {}, made, reach)
         plans.append((reading, Planner(reading, always=when == "always").plan()))
     return plans
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import fxexpand
 from behaviour import tensors_in
 from drawing import random
+from fxexpand.graph.tracer import ReplayTracer
 
 M = TypeVar("M", bound=nn.Module)
 CHANNELS = 8
@@ -34,6 +35,11 @@ def randomised(model: M) -> M:
             for parameter in module.parameters():
                 nn.init.normal_(parameter)
     return model.eval()
+
+
+def graph_of(model: nn.Module) -> fx.GraphModule:
+    """The graph that plain FX gives, in which reads of buffers are nodes too."""
+    return fx.GraphModule(model, ReplayTracer().trace(model))
 
 
 class Layers(nn.Module):

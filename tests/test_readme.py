@@ -19,5 +19,7 @@ def test_its_code_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "contract(" in block:
         assert float(printed.split()[0]) < 1e-4
         assert "total" in printed
+    elif "fuse(" in block:
+        assert "wide <- wide.0 + wide.1 + point.0 + point.1 + add + skip + add_1" in printed
     else:
         assert isinstance(names["rules"], list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.graph.lift import memory_format_of
-from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
+from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.naming import Places
 from fxexpand.regions.parts import Unary
@@ -34,32 +35,20 @@ class Made:
 
 def install(model: nn.Module, work: Work) -> list[Made]:
     """Carry out the merges in the graphs of ``model``; modules and parameters that nothing uses any more go."""
-    places = _places(model, work)
+    places, alike = _places(model, work), _alike(work)
     edits: list[Edit] = []
     made: list[Made] = []
-    known: dict[tuple[object, ...], str] = {}
-    for reading, merges in work:
-        for merge in _in_order(reading, merges):
-            flags = _flags(reading, merge)
-            exact, affine = _map(reading, merge, flags.dtype)
-            padding, layer = layer_of(affine, flags, copy=exact is not None)
-            key = _layers_called(reading, merge)
-            if key not in known:
-                path = places.path(reading.gm, merge.stretch, _main(reading, merge))
-                places.put(reading.gm, path, layer, [*merge.stretch.nodes, *_constants(reading, merge)])
-                known[key] = path
-                made.append(Made(layer, exact if exact is None or padding is None else _unpadded(exact)))
-            step = ModuleStep(known[key])
-            edits.append(
-                Edit(
-                    graph_module=reading.gm,
-                    nodes=merge.stretch.nodes,
-                    steps=(step,) if padding is None else (padding, step),
-                    source=merge.stretch.source,
-                    constants=frozenset(_constants(reading, merge)),
-                    meta={MERGED: _names(merge)},
-                )
-            )
+    for same in alike:
+        reading, first = same[0]
+        flags = _flags(reading, first)
+        exact, affine = _map(reading, first, flags.dtype)
+        padding, layer = layer_of(affine, flags, copy=exact is not None)
+        path = places.path(reading.gm, [merge.stretch for _, merge in same], _main(reading, first))
+        for _, merge in same:
+            edits.append(_edit(reading, merge, padding, path))
+        nodes = [node for _, merge in same for node in (*merge.stretch.nodes, *_constants(reading, merge))]
+        places.put(reading.gm, path, layer, nodes)
+        made.append(Made(layer, exact if exact is None or padding is None else _unpadded(exact)))
     rewrite(edits)
     places.clean_up()
     return made
@@ -76,16 +65,26 @@ def _map(reading: Reading, merge: Merge, dtype: torch.dtype) -> tuple[Affine | N
     return exact, exact
 
 
+def _edit(reading: Reading, merge: Merge, padding: FunctionStep | None, path: str) -> Edit:
+    step = ModuleStep(path)
+    return Edit(
+        graph_module=reading.gm,
+        nodes=merge.stretch.nodes,
+        steps=(step,) if padding is None else (padding, step),
+        source=merge.stretch.source,
+        constants=frozenset(_constants(reading, merge)),
+        meta={MERGED: _names(merge)},
+    )
+
+
 def paths_of(model: nn.Module, work: Work) -> dict[fx.Node, str]:
     """The last node of each merge -> the path, in its graph module, that the layer will have."""
-    places, known = _places(model, work), dict[tuple[object, ...], str]()
+    places = _places(model, work)
     found: dict[fx.Node, str] = {}
-    for reading, merges in work:
-        for merge in _in_order(reading, merges):
-            key = _layers_called(reading, merge)
-            if key not in known:
-                known[key] = places.path(reading.gm, merge.stretch, _main(reading, merge))
-            found[merge.stretch.last] = known[key]
+    for same in _alike(work):
+        reading, first = same[0]
+        path = places.path(reading.gm, [merge.stretch for _, merge in same], _main(reading, first))
+        found.update({merge.stretch.last: path for _, merge in same})
     return found
 
 
@@ -93,11 +92,6 @@ def _places(model: nn.Module, work: Work) -> Places:
     merged = {node for _, merges in work for merge in merges for node in merge.stretch.nodes}
     constants = {node for reading, merges in work for merge in merges for node in _constants(reading, merge)}
     return Places(model, merged | constants)
-
-
-def _in_order(reading: Reading, merges: list[Merge]) -> list[Merge]:
-    order = reading.effects.order
-    return sorted(merges, key=lambda found: order[found.stretch.nodes[0]])
 
 
 def _names(merge: Merge) -> tuple[str, ...]:
@@ -123,14 +117,25 @@ def _layers_called(reading: Reading, merge: Merge) -> tuple[object, ...]:
     return (merge.stretch.last,)
 
 
+def _alike(work: Work) -> Iterable[list[tuple[Reading, Merge]]]:
+    """The merges in the order of the graphs, those together that give one layer, called several times."""
+    found: dict[tuple[object, ...], list[tuple[Reading, Merge]]] = {}
+    for reading, merges in work:
+        order = reading.effects.order
+        for merge in sorted(merges, key=lambda found: order[found.stretch.nodes[0]]):
+            found.setdefault(_layers_called(reading, merge), []).append((reading, merge))
+    return found.values()
+
+
 def _main(reading: Reading, merge: Merge) -> fx.Node:
-    """The node that gives a merged layer its name and flags: the one with the most weights, the first of equals."""
+    """The node that gives a merged layer its name and flags: the largest, of equals the first module."""
 
-    def weights(node: fx.Node) -> int:
+    def rank(node: fx.Node) -> tuple[int, bool]:
         part = reading.part(node)
-        return max((t.numel() for t in part.tensors), default=0) if isinstance(part, Unary) and part.computes else -1
+        weights = [t.numel() for t in part.tensors] if isinstance(part, Unary) and part.computes else [-1]
+        return max(weights, default=0), node.op == "call_module"
 
-    return max(merge.stretch.nodes, key=weights)
+    return max(merge.stretch.nodes, key=rank)
 
 
 def _flags(reading: Reading, merge: Merge) -> Flags:

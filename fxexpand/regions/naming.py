@@ -7,11 +7,8 @@ from operator import attrgetter
 
 from torch import fx, nn
 
-from fxexpand.graph.layers import attributes_named, is_opaque
-from fxexpand.graph.uses import running
+from fxexpand.regions.reach import Reach
 from fxexpand.regions.region import Stretch
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Places:
@@ -19,18 +16,15 @@ class Places:
 
     ``merged`` are all nodes that are replaced, and the constants that they are computed with.
 
-    What code without a graph may come by stays where it is: modules in a parent that cannot be traced, where that
-    parent's code speaks of their names or may run through their container.
+    What code without a graph may come by stays where it is; see ``Reach``.
     """
 
     def __init__(self, model: nn.Module, merged: set[fx.Node]) -> None:
         self.model = model
         self._merged = merged
-        self._graphs, code = running(model)
-        self._code = [module for module in code.values() if module._modules and not is_opaque(module)]
-        self._names = {id(gm): self._names_in_code(gm) for gm in self._graphs}
+        self._reach = Reach(model)
+        self._graphs = self._reach.graphs
         self._callers = self._calls()
-        self._reached = {id(inner) for module in self._code for inner in _without_graphs(module)}
         self._taken: set[tuple[int, str]] = set()
         self._gone: list[tuple[fx.GraphModule, str, nn.Module]] = []
         self._read: dict[tuple[int, str], fx.GraphModule] = {}
@@ -53,30 +47,30 @@ class Places:
         gone = {
             id(module)
             for gm, path, module in self._gone
-            if id(module) not in callers and id(module) not in self._reached and not self._is_named(gm, path)
+            if id(module) not in callers and id(module) not in self._reach.modules and not self._reach.names(gm, path)
         }
         for (_, target), gm in self._read.items():  # modules of which only tensors were read, in functional calls
             path = target.rpartition(".")[0]
-            if path and _exists(gm, path) and not self._is_named(gm, path):
+            if path and _exists(gm, path) and not self._reach.names(gm, path):
                 owner = gm.get_submodule(path)
-                if not (owner._modules or id(owner) in callers or id(owner) in self._reached):
+                if not (owner._modules or id(owner) in callers or id(owner) in self._reach.modules):
                     gone.add(id(owner))
         emptied = self._drop_modules(gone, callers)
         while emptied:
             emptied = self._drop_modules(emptied, callers)
         self._drop_parameters()
 
-    def path(self, gm: fx.GraphModule, stretch: Stretch, main: fx.Node) -> str:
-        """Where the layer for ``stretch`` goes; ``main`` is the node that gives the name."""
-        found = self._path(gm, stretch, main)
+    def path(self, gm: fx.GraphModule, stretches: list[Stretch], main: fx.Node) -> str:
+        """Where the layer for ``stretches``, all of the same modules, goes; ``main`` gives the name."""
+        found = self._path(gm, {node for stretch in stretches for node in stretch.nodes}, stretches[0].last, main)
         self._taken.add((id(gm), found))
         return found
 
-    def _path(self, gm: fx.GraphModule, stretch: Stretch, main: fx.Node) -> str:
+    def _path(self, gm: fx.GraphModule, nodes: set[fx.Node], last: fx.Node, main: fx.Node) -> str:
         if main.op == "call_module":
             path = str(main.target)
-            free = self._is_free(gm, path, stretch)
-            while free and "." in path and self._is_free(gm, path.rpartition(".")[0], stretch):
+            free = self._is_free(gm, path, nodes)
+            while free and "." in path and self._is_free(gm, path.rpartition(".")[0], nodes):
                 path = path.rpartition(".")[0]
         else:
             reads = [str(read.target) for read in main.all_input_nodes if read.op == "get_attr"]
@@ -85,20 +79,19 @@ class Places:
             free = free or not (_exists(gm, path) or (id(gm), path) in self._taken)
         if free:
             return path
-        path = f"{path}_{stretch.last.name}"
+        path = f"{path}_{last.name}"
         while _exists(gm, path) or (id(gm), path) in self._taken:
             path += "_"
         return path
 
-    def _is_free(self, gm: fx.GraphModule, path: str, stretch: Stretch) -> bool:
-        """Whether a layer may stand at ``path``: only ``stretch`` calls what is there."""
-        if (id(gm), path) in self._taken or self._is_named(gm, path):
+    def _is_free(self, gm: fx.GraphModule, path: str, nodes: set[fx.Node]) -> bool:
+        """Whether a layer may stand at ``path``: only ``nodes`` call what is there."""
+        if (id(gm), path) in self._taken or self._reach.names(gm, path):
             return False
-        nodes = set(stretch.nodes)
         for inner in gm.get_submodule(path).modules():
             callers = self._callers.get(id(inner), set())
             stateful = bool(inner._parameters or inner._buffers)
-            if not callers <= nodes or (stateful and not callers) or id(inner) in self._reached:
+            if not callers <= nodes or (stateful and not callers) or id(inner) in self._reach.modules:
                 return False
         return True
 
@@ -107,22 +100,11 @@ class Places:
         alone = all(set(read.users) <= self._merged for read in reads)
         owner = gm.get_submodule(path.rpartition(".")[0])
         return (
-            alone and not self._is_called(owner) and (id(gm), path) not in self._taken and not self._is_named(gm, path)
+            alone
+            and not self._is_called(owner)
+            and (id(gm), path) not in self._taken
+            and not self._reach.names(gm, path)
         )
-
-    def _names_in_code(self, gm: fx.GraphModule) -> set[str]:
-        """The names that code which has no graph, and holds ``gm``, speaks of."""
-        holders = [code for code in self._code if any(module is gm for module in code.modules())]
-        return {name for code in holders for name in attributes_named(type(code))}
-
-    def _is_named(self, gm: fx.GraphModule, path: str) -> bool:
-        """Whether code that has no graph may come by what stands at ``path``."""
-        names = self._names[id(gm)]
-        if not names:
-            return False
-        *above, name = path.split(".")
-        in_container = isinstance(gm.get_submodule(".".join(above)), _CONTAINERS)
-        return name in names or (in_container and (not above or above[-1] in names))
 
     def _calls(self) -> dict[int, set[fx.Node]]:
         """id of a module -> the nodes that call it, or read a tensor that it holds."""
@@ -145,7 +127,9 @@ class Places:
                 if id(child) in gone:
                     del module._modules[name]
                     state = module._modules or module._parameters or module._buffers
-                    if not (state or id(module) in callers or id(module) in self._reached or module is self.model):
+                    if not (
+                        state or id(module) in callers or id(module) in self._reach.modules or module is self.model
+                    ):
                         emptied.add(id(module))
         return {found for found in emptied if found not in {id(gm) for gm in self._graphs}}
 
@@ -153,25 +137,13 @@ class Places:
         read = {id(attrgetter(str(n.target))(gm)) for gm in self._graphs for n in gm.graph.nodes if n.op == "get_attr"}
         for (_, target), gm in self._read.items():
             path, _, name = target.rpartition(".")
-            if not _exists(gm, path) or self._is_named(gm, target):
+            if not _exists(gm, path) or self._reach.names(gm, target):
                 continue
             owner = gm.get_submodule(path)
-            if not self._is_called(owner) and id(owner) not in self._reached:
+            if not self._is_called(owner) and id(owner) not in self._reach.modules:
                 for held in (owner._parameters, owner._buffers):
                     if name in held and id(held[name]) not in read:
                         del held[name]
-
-
-def _without_graphs(module: nn.Module) -> list[nn.Module]:
-    """The modules in ``module`` that are not inside a graph module."""
-    found: list[nn.Module] = []
-    waiting = list(module.children())
-    while waiting:
-        inner = waiting.pop()
-        found.append(inner)
-        if not isinstance(inner, fx.GraphModule):
-            waiting += inner.children()
-    return found
 
 
 def _exists(gm: fx.GraphModule, path: str) -> bool:

@@ -18,6 +18,7 @@ from fxexpand.regions.constants import Constants
 from fxexpand.regions.effects import Effects
 from fxexpand.regions.layers import lift_as, lift_module
 from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
+from fxexpand.regions.reach import Reach
 from fxexpand.regions.shapes import Shapes
 
 Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Any]]"
@@ -41,13 +42,19 @@ class Reading:
     """What is known of the graph of ``gm`` before anything is changed.
 
     ``parts`` has an entry for each node that is linear, or would be but for a reason. ``exact`` are the maps of layers
-    of which more is known than their weights say, by the id of the layer.
+    of which more is known than their weights say, by the id of the layer. ``reach`` is what other code comes by.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, shapes: Shapes, lifts: Lifts, exact: Mapping[int, Affine] | None = None
+        self,
+        gm: fx.GraphModule,
+        shapes: Shapes,
+        lifts: Lifts,
+        exact: Mapping[int, Affine] | None = None,
+        reach: Reach | None = None,
     ) -> None:
         self.gm = gm
+        self._reach = reach
         self.shapes = shapes
         self._exact = exact or {}
         self.effects = Effects(gm)
@@ -130,6 +137,8 @@ class Reading:
         source = node.args[0] if node.args else node.kwargs.get("input")
         if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
             return None
+        if self._reach is not None and self._reach.walks(self.gm, str(node.target)):
+            return Refusal("code that has no graph may run through the modules beside it, and would find others")
         if any(map(self.constants.changes, (*module.parameters(), *module.buffers()))):
             return Refusal("the graph changes its weight or statistics in place")
         for cls, lift in lifts.items():

@@ -1,0 +1,107 @@
+"""What code that has no graph may come by inside graph modules: what has to stay where it is."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import CodeType, FunctionType
+
+from torch import fx, nn
+
+from fxexpand.graph.layers import is_opaque
+from fxexpand.graph.uses import running
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WALKS = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule", "getattr"}
+
+
+class Reach:
+    """What the parents of graph modules that cannot be traced themselves, and kept modules, may come by.
+
+    Their code is read for the names of attributes: what is only called is a graph, whose inside nobody sees.
+    ``modules`` are the modules, by id, that such code holds outside of graph modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs, code = running(model)
+        self._code = [module for module in code.values() if module._modules and not is_opaque(module)]
+        self.modules = {id(inner) for module in self._code for inner in _without_graphs(module)}
+        self._own_names: dict[int, set[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, fx.GraphModule):
+                self._own_names.setdefault(id(module), set()).add(path.rpartition(".")[2])
+        names = {id(gm): self._names_for(gm) for gm in self.graphs}
+        self._called = {key: called for key, (called, _) in names.items()}
+        self._taken = {key: taken for key, (_, taken) in names.items()}
+
+    def names(self, gm: fx.GraphModule, path: str) -> bool:
+        """Whether such code speaks of the name of what stands at ``path`` in ``gm``: it has to stay as it is."""
+        name = path.rpartition(".")[2]
+        return name in self._called[id(gm)] or name in self._taken[id(gm)]
+
+    def walks(self, gm: fx.GraphModule, path: str) -> bool:
+        """Whether such code may run through the modules beside ``path`` in ``gm``, which have to stay as they are."""
+        taken = self._taken[id(gm)]
+        if not taken:
+            return False
+        above = path.rpartition(".")[0]
+        if not isinstance(gm.get_submodule(above), _CONTAINERS):
+            return not taken.isdisjoint(_WALKS)
+        own = {above.rpartition(".")[2]} if above else self._own_names[id(gm)]
+        return not taken.isdisjoint(own | _WALKS)
+
+    def _names_for(self, gm: fx.GraphModule) -> tuple[set[str], set[str]]:
+        called, taken = set[str](), set[str]()
+        for code in self._code:
+            if any(module is gm for module in code.modules()):
+                for function in _functions(code):
+                    calls, takes = _attributes(function)
+                    called |= calls
+                    taken |= takes
+        return called, taken
+
+
+def _functions(module: nn.Module) -> Iterator[CodeType]:
+    """The code of the methods of ``module``, but for ``__init__``, and of the functions that it holds."""
+    for value in vars(module).values():
+        if isinstance(value, FunctionType):
+            yield value.__code__
+    for base in type(module).__mro__:
+        if not base.__module__.startswith("torch.") and base is not object:
+            for name, value in vars(base).items():
+                function = getattr(value, "__wrapped__", value)
+                if isinstance(function, FunctionType) and name != "__init__":
+                    yield function.__code__
+
+
+@cache
+def _attributes(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of attributes that ``code`` calls, and of those, and globals, that it takes for something else."""
+    called, taken = set[str](), set[str]()
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and _is_method_call(step)):
+            (taken if step.argval in _WALKS else called).add(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_NAME"):
+            taken.add(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            calls, takes = _attributes(constant)
+            called |= calls
+            taken |= takes
+    return frozenset(called), frozenset(taken)
+
+
+def _is_method_call(step: dis.Instruction) -> bool:
+    """Whether LOAD_ATTR is about to call what it loads: since Python 3.12 the lowest bit says so."""
+    return "LOAD_METHOD" not in dis.opmap and step.arg is not None and bool(step.arg & 1)
+
+
+def _without_graphs(module: nn.Module) -> Iterable[nn.Module]:
+    """The modules in ``module`` that are not inside a graph module."""
+    waiting = list(module.children())
+    while waiting:
+        inner = waiting.pop()
+        yield inner
+        if not isinstance(inner, fx.GraphModule):
+            waiting += inner.children()
