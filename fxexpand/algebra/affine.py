@@ -49,7 +49,7 @@ class Affine:
     def dims(self) -> int:
         return self.kernel.dims
 
-    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Affine:
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Affine:
         """The same map with its tensors in ``dtype``, on ``device``."""
         return replace(self, kernel=self.kernel.to(dtype=dtype, device=device))
 

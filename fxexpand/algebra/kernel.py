@@ -87,7 +87,7 @@ class Kernel:
         """The distance between the first and the last tap on each axis, in samples: δ·(k − 1)."""
         return tuple(step * (k - 1) for step, k in zip(self.dilation, self.kernel_size, strict=True))
 
-    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Kernel:
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kernel:
         """The same map with its tensors in ``dtype``, on ``device``; on "meta", it computes shapes alone."""
         bias = None if self.bias is None else self.bias.to(dtype=dtype, device=device)
         return replace(self, weight=self.weight.to(dtype=dtype, device=device), bias=bias)

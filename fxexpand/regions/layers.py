@@ -65,7 +65,10 @@ def lift_as(module: nn.Module, kernel: object, source: fx.Node) -> Unary | Refus
         return Refusal(f"lifts: expected a Kernel for {type(module).__name__}, found {type(kernel).__name__}")
     if has_hooks(module):
         return Refusal("it has hooks, which would be lost; remove them first")
-    return fixed(source, Affine(kernel.detach()), computes=not (kernel.depthwise and kernel.pointwise))
+    known = fixed(source, Affine(kernel.detach()), computes=not (kernel.depthwise and kernel.pointwise))
+    # Its own tensors tell dtype and device of the signal: the kernel may be given in float64.
+    own = tuple(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return replace(known, tensors=own or known.tensors)
 
 
 def _lift(module: nn.Module, source: fx.Node) -> Unary | Refusal:

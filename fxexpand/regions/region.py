@@ -113,13 +113,14 @@ def map_between(reading: Reading, stretch: Stretch, *, sketch: bool) -> Affine |
     None where it leaves its input as it is.
     """
     maps: dict[fx.Node, Affine | Refusal | None] = {stretch.source: None}
+    device = torch.device("meta") if sketch else _device(reading, stretch)
     for node in stretch.nodes:
         part = reading.part(node)
         if isinstance(part, Unary):
-            own = reading.sketch_of(node) if sketch else _exact(reading.map_of(node))
+            own = reading.sketch_of(node) if sketch else _exact(reading.map_of(node), device)
             maps[node] = in_turn(maps[part.source], own)
         elif isinstance(part, Join):
-            maps[node] = _joined(reading, stretch, node, part, maps, sketch=sketch)
+            maps[node] = _joined(reading, stretch, node, part, maps, device)
         found = maps[node]
         if isinstance(found, Refusal):
             return found.at(node.name)
@@ -137,9 +138,10 @@ def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype) -> Affi
             maps.append(found)
     if len(maps) < 2 or not all(map(scales, maps[1:])):
         return None
-    scale = maps[1].to(dtype=torch.float64)
+    device = maps[0].kernel.weight.device
+    scale = maps[1].to(dtype=torch.float64, device=device)
     for following in maps[2:]:
-        whole = in_series(scale, following.to(dtype=torch.float64))
+        whole = in_series(scale, following.to(dtype=torch.float64, device=device))
         if isinstance(whole, Refusal):
             return None
         scale = whole
@@ -161,16 +163,14 @@ def _joined(
     node: fx.Node,
     join: Join,
     maps: dict[fx.Node, Affine | Refusal | None],
-    *,
-    sketch: bool,
+    device: torch.device,
 ) -> Affine | Refusal:
     branches: list[Affine] = []
     for source in join.sources:
         branch = maps[source]
         if branch is None:
             known = shaped(reading.signal(stretch.source))
-            branch = known if isinstance(known, Refusal) else identity(*known)
-            branch = branch.to(device="meta") if sketch and isinstance(branch, Affine) else branch
+            branch = known if isinstance(known, Refusal) else identity(*known).to(device=device)
         if isinstance(branch, Refusal):
             return branch
         branches.append(branch)
@@ -191,8 +191,15 @@ def _joined(
     return whole
 
 
-def _exact(found: Affine | Refusal | None) -> Affine | Refusal | None:
-    return found.to(dtype=torch.float64) if isinstance(found, Affine) else found
+def _exact(found: Affine | Refusal | None, device: torch.device) -> Affine | Refusal | None:
+    return found.to(dtype=torch.float64, device=device) if isinstance(found, Affine) else found
+
+
+def _device(reading: Reading, stretch: Stretch) -> torch.device:
+    """Where the tensors of the layers in ``stretch`` are; scales, pools and selections are made on the CPU."""
+    parts = [reading.part(node) for node in stretch.nodes]
+    tensors = [tensor for part in parts if isinstance(part, Unary) for tensor in part.tensors]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _dominators(reading: Reading) -> dict[fx.Node, fx.Node]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import fxexpand
 from drawing import random
 from fusing import Layers, calls, fused, memory, randomised, refusals, same_function
+from fxexpand.algebra import Kernel
 from networks import UserConv
 
 
@@ -384,3 +385,36 @@ def test_an_untouched_resnet() -> None:
     found = fused(model, random(1, 3, 32, 32))
     names = calls(found)
     assert (names.count("Conv2d"), names.count("Linear"), names.count("BatchNorm2d")) == (20, 1, 0)
+
+
+def test_a_model_on_another_device() -> None:
+    """The device "meta" stands for any other than the CPU, on which scales, pools and identities are made."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(m.bn(m.conv(x)) * 2 + x, 1)
+        return m.point(torch.cat([y[:, 2:], y[:, :2]], 1) - 1) * m.scale
+
+    model = Layers(run)
+    expected = fxexpand.fuse(model, torch.randn(1, 4, 4, 4, dtype=torch.float64)).state_dict()
+    found = fxexpand.fuse(model.to("meta"), torch.randn(1, 4, 4, 4, dtype=torch.float64, device="meta")).state_dict()
+    assert list(found) == list(expected)
+    assert len(found) == 2
+    assert all(value.device.type == "meta" and value.shape == expected[key].shape for key, value in found.items())
+
+
+def test_a_lift_in_another_dtype_than_the_module() -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.full((), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor if x.sum() > -1e9 else x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Doubles()).eval()
+    ones = torch.ones(4, 1, 1, 1, dtype=torch.float64)
+    fused = fxexpand.fuse(model, lifts={Doubles: lambda m: Kernel(m.factor.double() * ones, groups=4)})
+    assert [type(module) for module in fused.children()] == [nn.Conv2d]
+    x = torch.randn(1, 3, 2, 2)
+    assert fused(x).dtype == torch.float32
+    assert torch.allclose(fused(x), model(x), rtol=1e-6)
