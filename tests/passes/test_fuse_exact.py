@@ -392,7 +392,8 @@ def test_a_model_on_another_device() -> None:
 
     def run(m: Any, x: Tensor) -> Tensor:
         y = F.avg_pool2d(m.bn(m.conv(x)) * 2 + x, 1)
-        return m.point(torch.cat([y[:, 2:], y[:, :2]], 1) - 1) * m.scale
+        out: Tensor = m.point(torch.cat([y[:, 2:], y[:, :2]], 1) - 1) * m.scale
+        return out
 
     model = Layers(run)
     expected = fxexpand.fuse(model, torch.randn(1, 4, 4, 4, dtype=torch.float64)).state_dict()
