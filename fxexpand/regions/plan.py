@@ -212,14 +212,16 @@ class Planner:
             element = elements[start]
             self._add(plan, element.inner)
             plan.cost += self._own_cost(element.stretch.last)
-            plan.refused[element.stretch.last] = self._why(elements, start, reasons)
+            if self.reading.signal(element.stretch.last).dims is not None:  # else it may be no signal: a size, say
+                plan.refused[element.stretch.last] = self._why(elements, start, reasons)
         return plan
 
     def _why(self, elements: list[_Element], at: int, reasons: dict[int, str]) -> str:
         """Why the element at a position is not merged with those beside it."""
         element = elements[at]
         if isinstance(element.map, Refusal):
-            return str(element.map)
+            own = element.map.where == element.stretch.last.name
+            return element.map.reason if own else str(element.map)
         if len(element.stretch.nodes) > 1:
             return self._dearer([element], 1)
         beside = [cut for cut in (at, at + 1) if 0 < cut < len(elements)]
