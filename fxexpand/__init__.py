@@ -2,6 +2,7 @@
 
 from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
 from fxexpand.graph.trace import trace
+from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
 from fxexpand.passes.explain import explain
@@ -21,6 +22,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "VerificationError",
+    "collapse",
     "contract",
     "expand",
     "explain",
@@ -28,5 +30,6 @@ __all__ = [
     "layer",
     "summary",
     "trace",
+    "uncollapse",
     "verify",
 ]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
+from fxexpand.graph.chains import edits_of
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
@@ -80,50 +80,16 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
     edits: list[Edit] = []
     for gm in work.modules():
         if isinstance(gm, fx.GraphModule):
-            for found in _edits(gm, expanded):
+            for found in edits_of(gm, expanded, partial(_step, expanded=expanded)):
                 if isinstance(found, Refusal):
                     raise ContractionError(f"{path}: {found}. Undo the change, or contract before it.")
                 edits.append(found)
     return _Plan(expanded, kernel.detach(), tuple(edits))
 
 
-def _edits(gm: fx.GraphModule, expanded: Expanded) -> Iterator[Edit | Refusal]:
-    """An edit for each place where the graph applies the layers of ``expanded``, one after another."""
-    layers = list(expanded.children())
-    parameters = {id(parameter) for parameter in expanded.parameters()}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and id(attrgetter(str(node.target))(gm)) in parameters:
-            yield Refusal("the graph reads a parameter of a layer that will be gone", node.name)
-            return
-    calls = {
-        node: position
-        for node in gm.graph.nodes
-        if node.op == "call_module" and (position := _position(gm.get_submodule(str(node.target)), layers)) is not None
-    }
-    starts = [node for node, position in calls.items() if position == 0]
-    if len(calls) != len(starts) * len(layers):
-        yield Refusal(f"the graph calls its {len(layers)} layers {len(calls)} times, not all equally often")
-        return
-    for start in starts:
-        chain = [start]
-        while len(chain) < len(layers):
-            users = list(chain[-1].users)
-            if len(users) != 1:
-                yield Refusal(f"its output is used by {len(users)} nodes, expected the next layer only", chain[-1].name)
-                return
-            if calls.get(users[0]) != len(chain):
-                yield Refusal(f"it stands between layers of the expansion, after {chain[-1].name}", users[0].name)
-                return
-            chain.append(users[0])
-        yield Edit(gm, tuple(chain), (_step(start, expanded),))
-
-
-def _position(module: nn.Module, layers: Sequence[nn.Module | None]) -> int | None:
-    return next((i for i, layer in enumerate(layers) if layer is module), None)
-
-
-def _step(start: fx.Node, expanded: Expanded) -> ModuleStep | FunctionStep:
-    origin, path = expanded.origin, str(start.target).rpartition(".")[0]
+def _step(path: str, expanded: Expanded) -> ModuleStep | FunctionStep:
+    """What stands for the expansion at ``path`` once it is a layer again."""
+    origin = expanded.origin
     if isinstance(origin, LayerOrigin):
         return ModuleStep(path)
     owner = path.rpartition(".")[0]

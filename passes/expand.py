@@ -22,6 +22,7 @@ from fxexpand.graph.site import Call, Site
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
+from fxexpand.passes.collapse import release_all
 from fxexpand.rules import Rule, as_rules, match
 from fxexpand.strategies.strategy import Strategy
 
@@ -62,6 +63,7 @@ def expand(
     if not (callable(init) or init in ("preserve", "standard")):
         raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
     work = open_up(_copied(model, share=inplace), Limits())
+    release_all(work)
     plans = [_plan(site, rule.strategy, init) for site, rule in match(find_sites(work), checked)]
     result = _install(work, plans)
     return _become(model, result) if inplace and isinstance(model, fx.GraphModule) else result

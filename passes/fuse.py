@@ -21,6 +21,7 @@ from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model, tensors_outside
 from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
+from fxexpand.passes.collapse import release_all
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.install import install
 from fxexpand.regions.layers import TRAINING
@@ -55,8 +56,8 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     Warns once when batch norm in training mode is all that holds up a merge. Raises ``FxExpandError`` for what is no
     module, a ``when`` it does not know, or inputs that the model does not run on.
     """
-    work, new = _contracted(prepared(model, "fuse", when, lifts))
-    made: dict[int, Affine] = {}
+    work, layers, made = _contracted(prepared(model, "fuse", when, lifts))
+    new = list(layers.values())
     shapes = shapes_of(work, example_inputs, "fuse")
     held_up = False
     again = True
@@ -74,9 +75,10 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     return _unshared(work, new)
 
 
-def _contracted(work: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """``work`` with one layer for each expansion that code without a graph calls, and these layers."""
+def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Affine]]:
+    """``work`` with one layer for each expansion that code calls; these layers, and their maps, by id."""
     layers: dict[int, nn.Module] = {}
+    maps: dict[int, Affine] = {}
     for module in running(work)[1].values():
         kernel = module.as_kernel(torch.float64) if isinstance(module, Expanded) and not has_hooks(module) else None
         if isinstance(module, Expanded) and isinstance(kernel, Kernel):
@@ -88,8 +90,9 @@ def _contracted(work: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             padding, layer = layer_of(affine, flags, copy=True)
             if padding is None:
                 layers[id(module)] = layer
+                maps[id(layer)] = affine
     replace_modules(work, layers)
-    return layers.get(id(work), work), list(layers.values())
+    return layers.get(id(work), work), layers, maps
 
 
 def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.Module:
@@ -106,7 +109,9 @@ def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.
                 f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {cls!r}: {lift!r}. "
                 "Give the class of the module, and a function."
             )
-    return open_up(copy_model(model, share=True), Limits(tuple(lifts or ()), evaluated=True))
+    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ()), evaluated=True))
+    release_all(work)
+    return work
 
 
 def plan_all(

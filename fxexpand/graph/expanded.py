@@ -109,6 +109,14 @@ class Expanded(nn.Sequential):
         whole = compose_all(kernels)
         return whole if isinstance(whole, Refusal) else self._as_before(whole)
 
+    def in_turn(self) -> list[tuple[str, nn.Module]]:
+        """(path, module) of all that is called in turn: padding and layers, also those of expansions inside."""
+        found: list[tuple[str, nn.Module]] = []
+        for name, child in self.named_children():
+            inner = child.in_turn() if isinstance(child, Expanded) else [("", child)]
+            found += [(f"{name}.{path}".rstrip("."), module) for path, module in inner]
+        return found
+
     @property
     def entry_padding(self) -> tuple[str, Sides] | None:
         """(mode, sides) that pads the input: by the first layer, or by a padding module before it."""
