@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import fx, nn
 
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.algebra.step_cost import StepCost
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.chains import edits_of
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
-from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
+from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite, source_of
 from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
+from fxexpand.regions.shapes import Shapes, shapes_of
 
 
-def collapse(model: nn.Module) -> nn.Module:
+def collapse(model: nn.Module, *example_inputs: object) -> nn.Module:
     """``model``, over the same parameters, with each expansion computed as the one layer that it makes up.
 
     Before:  y = conv.reduce(conv.kernel(conv.expand(x)))
@@ -25,11 +29,16 @@ def collapse(model: nn.Module) -> nn.Module:
     same, so an optimiser or a checkpoint of ``model`` fits the result, and the other way round. Training then costs
     nearly what the compact network costs: no wide activations are computed or kept.
 
+    Composing costs the same whatever the batch, the explicit layers' cost grows with it. With ``example_inputs``, the
+    arguments of ``model(...)`` as in training, each expansion takes the form that makes a step cheaper, by a model of
+    multiply-accumulates and memory (see ``StepCost``); without them all collapse.
+
     Composes in the dtype of the parameters with autocast off, and applies the result in autocast's. ``contract`` and
     ``fuse`` take the result as they take ``model``. An expansion stays as it is where something is between its layers,
     or where they have hooks.
 
-    Raises ``ExpansionError`` when nothing in the model was expanded, or nothing that was can be collapsed.
+    Raises ``ExpansionError`` when nothing in the model was expanded, or nothing that was can be collapsed, and
+    ``FxExpandError`` when the model does not run on the inputs.
     """
     check_model(model, "collapse")
     work = copy_model(model, share=True)
@@ -38,15 +47,22 @@ def collapse(model: nn.Module) -> nn.Module:
         raise ExpansionError(
             "collapse: expected a model that fxexpand.expand has made, found no expanded layer in it. Expand it first."
         )
+    shapes = shapes_of(work, example_inputs, "collapse")
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     reasons: list[str] = []
+    planned: list[tuple[Expanded, list[Edit]]] = []
     for path, module in work.named_modules():
         if isinstance(module, Expanded) and not isinstance(module, Collapsed) and id(module) not in inner:
-            refusal = _collapse(work, module)
-            if refusal is not None:
-                reasons.append(f"{path}: {refusal}")
-    if not any(isinstance(module, Collapsed) for module in found):
+            edits = _plan(work, module, shapes)
+            if isinstance(edits, Refusal):
+                reasons.append(f"{path}: {edits}")
+            else:
+                planned.append((module, edits))
+    if reasons and not (example_inputs or planned):
         raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
+    for module, _ in planned:
+        Collapsed.adopt(module)
+    rewrite(edit for _, edits in planned for edit in edits)
     return work
 
 
@@ -77,8 +93,8 @@ def release_all(work: nn.Module) -> None:
     rewrite(edits)
 
 
-def _collapse(work: nn.Module, expanded: Expanded) -> Refusal | None:
-    """Make ``expanded`` run as one layer in all graphs of ``work``: why that is not possible, or None where it is."""
+def _plan(work: nn.Module, expanded: Expanded, shapes: Shapes) -> list[Edit] | Refusal:
+    """The edits that call ``expanded`` as one layer in all graphs of ``work``, or why it stays as it is."""
     if has_hooks(expanded):
         return Refusal("it has forward or backward hooks")
     refusal = Collapsed.refusal(expanded)
@@ -90,9 +106,21 @@ def _collapse(work: nn.Module, expanded: Expanded) -> Refusal | None:
             if isinstance(found, Refusal):
                 return found
             edits.append(found)
-    Collapsed.adopt(expanded)
-    rewrite(edits)
-    return None
+    sources = [source_of(edit.nodes[0]) for edit in edits]
+    return _dearer(expanded, [shapes[source] for source in sources if source in shapes]) or edits
+
+
+def _dearer(expanded: Expanded, inputs: list[tuple[int, ...]]) -> Refusal | None:
+    """Whether composing costs more than it saves, for inputs of these shapes; without any it is taken to save."""
+    explicit, collapsed = StepCost(), StepCost()
+    d = expanded.origin.geometry.dims
+    for shape in inputs:
+        batch = prod(shape[:-1]) if d == 0 else prod(shape[: -d - 1])
+        costs = Collapsed.step_costs(expanded, shape[len(shape) - d :] if d else (), batch)
+        explicit, collapsed = explicit + costs[0], collapsed + costs[1]
+    if collapsed.total <= explicit.total:
+        return None
+    return Refusal(f"a step would take {collapsed.total / explicit.total:.1f} times as long as layer by layer")
 
 
 def _opened(gm: fx.GraphModule, node: fx.Node, expanded: Expanded) -> Edit:

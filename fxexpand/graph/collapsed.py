@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
 from fxexpand.graph.layers import peculiarity
 from fxexpand.graph.lift import lift_bare
@@ -61,6 +63,16 @@ class Collapsed(Expanded):
         padding = expanded.entry_padding
         zeros = padding is None or (padding[0] == "zeros" and all(a == b for a, b in padding[1]))
         state["_entry"] = None if zeros or padding is None else _pad_arguments(*padding)
+
+    @staticmethod
+    def step_costs(expanded: Expanded, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+        """What a training step costs ``expanded`` layer by layer, and as one layer, for ``batch`` signals of a size."""
+        chain = [kernel.to(device="meta") for kernel in _kernels(expanded)]
+        order = cheapest_order(chain)
+        if isinstance(order, Refusal):
+            raise TypeError(f"no layer is all of these: {order}")
+        padded = [replace(chain[0], padding=expanded.origin.geometry.padding), *chain[1:]]
+        return explicit_step(padded, size, batch), collapsed_step(order, padded, size, batch)
 
     def release(self) -> None:
         """Make it run layer by layer again."""

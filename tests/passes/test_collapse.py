@@ -349,3 +349,32 @@ def test_what_was_never_expanded(model: nn.Module) -> None:
 def test_no_module(task: Any) -> None:
     with pytest.raises(ExpansionError, match=r"expected a torch\.nn\.Module"):
         task("model")
+
+
+# The cheaper form
+
+
+def collapsed_paths(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, Collapsed)]
+
+
+def test_each_expansion_takes_the_cheaper_form_for_the_example() -> None:
+    """Composing 512 channels costs the same for one small image as for many large ones; convolving does not."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 7, padding=3), nn.ReLU(), nn.Conv2d(16, 512, 1), nn.Conv2d(512, 512, 3))
+    big = expand(model, Rule(CL(2), where=~layer(kernel_size=1)), init="standard")
+    assert collapsed_paths(collapse(big)) == ["0", "3"]
+    assert collapsed_paths(collapse(big, torch.randn(32, 8, 4, 4))) == ["0"]
+    assert collapsed_paths(collapse(big, torch.randn(16, 8, 32, 32))) == ["0", "3"]
+    assert collapsed_paths(collapse(big, torch.randn(1, 8, 4, 4))) == []
+
+
+def test_expansions_side_by_side_are_judged_by_their_own_inputs() -> None:
+    big = expand(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2048), nn.Linear(2048, 2048)), FC(2), init="standard")
+    assert collapsed_paths(collapse(big, torch.randn(4096, 64))) == ["0", "1", "2"]
+    assert collapsed_paths(collapse(big, torch.randn(1024, 64))) == ["0", "1"]
+    assert collapsed_paths(collapse(big, torch.randn(1, 64))) == []
+
+
+def test_example_inputs_that_do_not_fit() -> None:
+    with pytest.raises(fxexpand.FxExpandError, match="expected example inputs that the model runs on"):
+        collapse(small(), torch.randn(1, 4, 8, 8))
