@@ -138,6 +138,8 @@ def _lift_norm(module: nn.Module, source: fx.Node) -> Unary:
     mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
 
     def make(signal: Signal) -> Made:
+        if isinstance(module, nn.BatchNorm1d) and signal.dims in (2, 3):
+            return Refusal("it takes 3 axes at most, so what it normalises here is no batch, and axis 1 no channels")
         return batch_norm_map(signal, mean, var, norm.weight, norm.bias, norm.eps)
 
     known = Signal(dims, mean.numel(), None if dims is None else dims + 2)

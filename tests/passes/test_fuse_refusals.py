@@ -232,3 +232,12 @@ class TestArguments:
         for task in (fxexpand.fuse, fxexpand.explain):
             with pytest.raises(FxExpandError, match="example"):
                 task(nn.Linear(2, 2), torch.ones(3, 3))
+
+
+def test_batch_norm_of_one_dimension_after_a_convolution_of_two_without_batch() -> None:
+    """It normalises the rows there, which are as many as the channels."""
+    model = randomised(nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm1d(4)))
+    fused = fxexpand.fuse(model)
+    x = random(2, 4, 5)
+    assert torch.equal(fused(x), model(x))
+    assert "no batch" in fxexpand.explain(model).refused[1].reason
