@@ -6,7 +6,7 @@ from fxexpand.demo.experiment import ContractionError, Cost, Run
 from fxexpand.demo.training import Curves
 from fxexpand.demo.variants import Variant, variants
 
-COMPACT, CL, _ = variants(rate=4, kernel_size=7)
+COMPACT, CL, *_ = variants(rate=4, kernel_size=7)
 COST = Cost(2, 1, 4, 3)
 
 

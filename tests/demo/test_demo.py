@@ -21,8 +21,8 @@ from fxexpand.demo.training import error_rate
 from fxexpand.demo.variants import variants
 
 SEEDS, EPOCHS, TRAIN_SIZE = 2, 2, 40
-LABELS = ("compact", "CL(2)", "CK(2)")
-FILES = {"compact.pt", "cl.pt", "ck.pt", "curves.png", "results.json"}
+LABELS = ("compact", "CL(2)", "CL(2), collapsed", "CK(2)")
+FILES = {"compact.pt", "cl.pt", "ck.pt", "cl-collapsed.pt", "curves.png", "results.json"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def results(run: subprocess.CompletedProcess[str], out: Path) -> dict[str, Any]:
 
 def test_it_succeeds_and_ends_with_what_was_checked(run: subprocess.CompletedProcess[str]) -> None:
     assert (run.returncode, run.stderr) == (0, "")
-    assert "All 3 contracted networks were saved, loaded strictly into a fresh SmallNet" in run.stdout
+    assert "All 4 contracted networks were saved, loaded strictly into a fresh SmallNet" in run.stdout
     assert "\x1b" not in run.stdout  # no colours and no moving bar in a pipe
     assert max(len(line) for line in run.stdout.splitlines() if not line.startswith("Saved")) <= 80
 
@@ -58,7 +58,7 @@ def test_the_printed_errors_are_the_saved_ones(run: subprocess.CompletedProcess[
     for variant in results["variants"]:
         mean, deviation = variant["test_error"]["mean"], variant["test_error"]["deviation"]
         rows = [line for line in lines if line.split()[:1] == [variant["label"]]]
-        assert len(rows) == 3
+        assert len(rows) == 4
         assert f"{100 * mean:.1f} ± {100 * deviation:.1f} %" in rows[0]
     for seed in range(SEEDS):
         errors = (f"{v['label']} {100 * v['runs'][seed]['test_error']:.1f} %" for v in results["variants"])

@@ -26,7 +26,8 @@ def runs() -> list[Run]:
 def test_variants_take_turns_within_a_seed_and_results_repeat() -> None:
     state = torch.get_rng_state()
     first, again = runs(), runs()
-    assert [(run.variant.name, run.seed) for run in first] == [("compact", 0), ("cl", 0), ("compact", 1), ("cl", 1)]
+    names = ("compact", "cl", "cl-collapsed")
+    assert [(run.variant.name, run.seed) for run in first] == [(name, seed) for seed in (0, 1) for name in names]
     for run, other in zip(first, again, strict=True):
         assert run.curves.losses == other.curves.losses
         assert run.test_error == run.curves.test_errors[-1] == other.test_error
@@ -46,13 +47,15 @@ def test_layers_that_are_not_expanded_start_equal_in_every_variant() -> None:
 
 
 def test_costs_are_those_of_the_formulas() -> None:
-    compact, cl, ck = (cost(variant, kernel_size=7) for variant in variants(rate=4, kernel_size=7))
+    compact, cl, fast, ck = (cost(variant, kernel_size=7) for variant in variants(rate=4, kernel_size=7))
     linear = 512 * 64 + 64 * 10
     # Output positions × taps × channels in × channels out, of the three convolutions: 32², 16² and 8² positions.
     convolutions = 49 * (32**2 * 3 * 8 + 16**2 * 8 * 16 + 8**2 * 16 * 32)
     assert compact.training_macs == compact.deployed_macs == linear + convolutions
     assert compact.training_parameters == compact.deployed_parameters
     assert round(ck.training_parameters / 1e3, 1) == 187.0  # the paper's table, rate 4
+    assert fast.training_parameters == cl.training_parameters
+    assert compact.training_macs < fast.training_macs < cl.training_macs  # of one image, composing included
     for expanded in (cl, ck):
         assert expanded.training_macs > 4 * compact.training_macs
         assert expanded.deployed_parameters == compact.deployed_parameters
@@ -60,7 +63,7 @@ def test_costs_are_those_of_the_formulas() -> None:
 
 
 def test_ck_is_left_out_where_kernels_are_3_by_3() -> None:
-    assert [variant.name for variant in variants(rate=4, kernel_size=3)] == ["compact", "cl"]
+    assert [variant.name for variant in variants(rate=4, kernel_size=3)] == ["compact", "cl", "cl-collapsed"]
 
 
 def test_contracting_costs_less_than_float32_rounding() -> None:
@@ -74,7 +77,7 @@ def test_contracting_costs_less_than_float32_rounding() -> None:
 
 
 def test_a_wrong_contraction_is_an_error() -> None:
-    _, cl, _ = variants(rate=4, kernel_size=7)
+    _, cl, *_ = variants(rate=4, kernel_size=7)
     trained = cl.build(SmallNet()).eval()
     deployed = cl.deployed(trained, kernel_size=7)
     with torch.no_grad():

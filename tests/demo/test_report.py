@@ -8,7 +8,7 @@ from fxexpand.demo.report import tables
 from fxexpand.demo.settings import Settings
 from fxexpand.demo.variants import variants
 
-COMPACT, CL, _ = variants(rate=2.5, kernel_size=7)
+COMPACT, CL, *_ = variants(rate=2.5, kernel_size=7)
 COST = Cost(training_parameters=547_104, deployed_parameters=66_186, training_macs=57_350_000, deployed_macs=4_450_000)
 RESULTS = (
     Result(COMPACT, (), COST, 0.0874, 0.0101, None, 0.0256, 1.0, 0.0, 2.4e-7),
