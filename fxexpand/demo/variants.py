@@ -33,12 +33,12 @@ def variants(rate: float, kernel_size: int) -> tuple[Variant, ...]:
     """The columns of the comparison; the first one is what the others are compared with.
 
     The strategies reach the three convolutions only. As in the authors' SmallNet, the layer that reads the image keeps
-    its 3 input channels, and the new layers start from their classes' own initialisation. Collapsed, CL trains the same
-    network at less cost. CK needs a kernel larger than 3×3 and is left out for `kernel_size` 3.
+    its 3 input channels, and the new layers start from their classes' own initialisation. "collapsed" is CL again, each
+    expansion run as one layer. CK needs a kernel larger than 3×3 and is left out for `kernel_size` 3.
     """
     compact = Variant("compact", "compact", build=_unchanged, deploy=_unchanged)
     cl = Variant("cl", f"CL({rate:g})", lambda net: expand(net, CL(rate, keep_input=True), init="standard"))
-    fast = Variant("cl-collapsed", f"CL({rate:g}), collapsed", lambda net: collapse(cl.build(net)))
+    fast = Variant("cl-collapsed", "collapsed", lambda net: collapse(cl.build(net)))
     ck = Variant("ck", f"CK({rate:g})", lambda net: expand(net, CK(rate, keep_input=True), init="standard"))
     return (compact, cl, fast, ck) if kernel_size > 3 else (compact, cl, fast)
 

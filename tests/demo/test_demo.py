@@ -21,7 +21,7 @@ from fxexpand.demo.training import error_rate
 from fxexpand.demo.variants import variants
 
 SEEDS, EPOCHS, TRAIN_SIZE = 2, 2, 40
-LABELS = ("compact", "CL(2)", "CL(2), collapsed", "CK(2)")
+LABELS = ("compact", "CL(2)", "collapsed", "CK(2)")
 FILES = {"compact.pt", "cl.pt", "ck.pt", "cl-collapsed.pt", "curves.png", "results.json"}
 
 
