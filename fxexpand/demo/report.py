@@ -52,7 +52,7 @@ def cost_table(results: Sequence[Result]) -> Table:
         "trained,\nM MACs",
         "deployed,\nM MACs",
     )
-    return _table("Cost: time of a training step, parameters, MACs of one image alone (composing included)", columns, rows)
+    return _table("Cost: time of a training step, parameters, MACs of one image and composing", columns, rows)
 
 
 def contraction_table(results: Sequence[Result]) -> Table:
