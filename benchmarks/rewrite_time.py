@@ -4,9 +4,12 @@ Each pass is timed in turn with ``copy.deepcopy`` followed by ``torch.fx.symboli
 process; the table shows medians and the median of the ratios, round by round. Expected: ``trace`` costs two structural
 copies and one symbolic trace, so 1 to 3 times the baseline, more for models with parts that no graph can stand for.
 ``expand`` computes every factor in float64, and ``contract`` composes them: what these two add is the arithmetic of the
-widest layers.
+widest layers. ``fuse`` is timed beside ``torch.fx.experimental.optimization.fuse``, which folds batch norm alone, and
+should take no longer.
 
-Run as ``python -m benchmarks.rewrite_time [--rounds N] [--json FILE]``.
+A second table shows ``fuse`` on chains of convolution, batch norm and ReLU: the time a layer should stay the same.
+
+Run as ``python -m benchmarks.rewrite_time [--rounds N] [--layers N ...] [--json FILE]``.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ from typing import Any
 import torch
 import torchvision
 from torch import fx, nn
+from torch.fx.experimental import optimization
 
 import fxexpand
 from fxexpand import CL, FC
 
 MODELS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "resnet50")
+LAYERS = (100, 1_000, 10_000)
 
 
 def baseline(model: nn.Module) -> fx.GraphModule:
@@ -41,7 +46,10 @@ def passes(model: nn.Module) -> dict[str, Callable[[], object]]:
     """The passes to time on ``model``, by name."""
     rules = [CL(2), FC(1)]
     big = fxexpand.expand(model, rules)
+    model.eval()  # else there is nothing to fold
     return {
+        "fuse of torch.fx": lambda: optimization.fuse(model),
+        "fuse": lambda: fxexpand.fuse(model),
         "trace": lambda: fxexpand.trace(model),
         "expand, standard": lambda: fxexpand.expand(model, rules, init="standard"),
         "expand, preserve": lambda: fxexpand.expand(model, rules),
@@ -77,6 +85,20 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def chain(layers: int) -> nn.Module:
+    """Convolution, batch norm and ReLU in turn: ``layers`` of them."""
+    made = [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*(copy.deepcopy(made[i % 3]) for i in range(layers))).eval()
+
+
+def growth(layers: int, rounds: int) -> dict[str, Any]:
+    """The row of a chain of ``layers``; the first round is not counted."""
+    model = chain(layers)
+    times = [seconds(lambda: fxexpand.fuse(model)) for _ in range(rounds + 1)]
+    milliseconds = 1000 * statistics.median(times[1:])
+    return {"layers": layers, "milliseconds": milliseconds, "a layer": milliseconds / layers}
+
+
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
     return {
@@ -94,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
     parser.add_argument("--models", nargs="+", default=MODELS, help="torchvision classification models")
+    parser.add_argument(
+        "--layers", nargs="*", type=int, default=LAYERS, help="lengths of chains (default: 100 to 10,000)"
+    )
     given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     print(f"{'model':<20} {'pass':<18} {'ms':>10} {'ratio':>8}")
@@ -101,8 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in measure(name, given.rounds):
             rows.append(row)
             print(f"{row['model']:<20} {row['pass']:<18} {row['milliseconds']:>10.1f} {row['ratio']:>8.2f}", flush=True)
+    chains: list[dict[str, Any]] = []
+    print(f"\n{'layers':<20} {'pass':<18} {'ms':>10} {'ms/layer':>8}")
+    for layers in given.layers:
+        row = growth(layers, given.rounds)
+        chains.append(row)
+        print(f"{layers:<20,} {'fuse':<18} {row['milliseconds']:>10.1f} {row['a layer']:>8.3f}", flush=True)
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
+        figures = {"machine": machine(), "rows": rows, "chains": chains}
+        given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

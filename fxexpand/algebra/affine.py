@@ -136,6 +136,12 @@ def in_concatenation(a: Affine, b: Affine) -> Affine | Refusal:
     return _only_kernels(a, b) or _affine(concatenate(a.kernel, b.kernel))
 
 
+def pads_itself(a: Affine) -> bool:
+    """Whether one layer of torch pads as ``a`` does: as much before the signal as after it, and never less than 0."""
+    sides = a.kernel.padding if a.border is None else a.border.sides
+    return all(before == after >= 0 for before, after in sides)
+
+
 def times(a: Affine, factor: float) -> Affine:
     """The map of ``factor * a``."""
     return a if factor == 1 else replace(a, kernel=scaled(a.kernel, factor))

@@ -59,3 +59,8 @@ def compose_in(order: Order, chain: Sequence[Kernel]) -> Kernel | Refusal:
     if isinstance(first, Refusal) or isinstance(second, Refusal):
         return first if isinstance(first, Refusal) else second
     return compose(first, second)
+
+
+def shifted(order: Order) -> Order:
+    """The same order, one position later in the chain."""
+    return order + 1 if isinstance(order, int) else (shifted(order[0]), shifted(order[1]))

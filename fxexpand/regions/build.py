@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.algebra.affine import Affine, without_groups
+from fxexpand.algebra.affine import Affine, pads_itself, without_groups
 from fxexpand.algebra.kernel import Sides
 from fxexpand.graph.rewrite import FunctionStep
 
@@ -35,7 +35,7 @@ def layer_of(affine: Affine, flags: Flags, *, copy: bool) -> tuple[FunctionStep 
     kernel = without_groups(affine).kernel
     weight = kernel.weight if affine.transposed is None else _swapped(kernel.weight, kernel.groups)
     mode, sides = ("zeros", kernel.padding) if affine.border is None else (affine.border.mode, affine.border.sides)
-    own = all(before == after >= 0 for before, after in sides)
+    own = pads_itself(affine)
     layer = _blank(affine, mode, sides if own else ((0, 0),) * affine.dims)
     layout = flags.memory_format if weight.dim() in (4, 5) else torch.contiguous_format
     held = weight.detach().to(dtype=flags.dtype, memory_format=layout, copy=copy)

@@ -17,7 +17,7 @@ from fxexpand.regions.naming import Places
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Merge
 from fxexpand.regions.reading import Reading
-from fxexpand.regions.region import map_between, scaled_layer
+from fxexpand.regions.region import map_of_parts, scaled_layer
 
 # Where the node of a merged layer says what was merged: the names of the nodes that it stands for.
 MERGED = "merged"
@@ -59,7 +59,7 @@ def _map(reading: Reading, merge: Merge, dtype: torch.dtype) -> tuple[Affine | N
     rounded = scaled_layer(reading, merge.stretch, dtype)
     if rounded is not None:
         return None, rounded
-    exact = map_between(reading, merge.stretch, sketch=False)
+    exact = map_of_parts(reading, merge.parts, merge.order)
     if not isinstance(exact, Affine):
         raise RuntimeError(f"{merge.stretch.last.name}: planned as one layer, and not one: {exact}")
     return exact, exact

@@ -98,7 +98,7 @@ def padding_map(source: fx.Node, amounts: tuple[int, ...], known: Signal) -> Una
         ones = torch.ones(channels, 1, *(1,) * dims, dtype=torch.float64)
         return Affine(Kernel(ones, padding=sides, groups=channels)) if any(map(any, sides)) else None
 
-    return Unary(source, make, reads=known, gives=known)
+    return Unary(source, make, reads=known, gives=known, pads=True)
 
 
 def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:

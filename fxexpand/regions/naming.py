@@ -55,6 +55,7 @@ class Places:
                 owner = gm.get_submodule(path)
                 if not (owner._modules or id(owner) in callers or id(owner) in self._reach.modules):
                     gone.add(id(owner))
+        self._drop_names(gone)
         emptied = self._drop_modules(gone, callers)
         while emptied:
             emptied = self._drop_modules(emptied, callers)
@@ -118,6 +119,17 @@ class Places:
 
     def _is_called(self, module: nn.Module) -> bool:
         return any(node.op == "call_module" for node in self._callers.get(id(module), ()))
+
+    def _drop_names(self, gone: set[int]) -> None:
+        """Take away the names under which nothing calls a module any more that is called under another."""
+        called = {(id(gm), str(n.target)) for gm in self._graphs for n in gm.graph.nodes if n.op == "call_module"}
+        for gm, path, module in self._gone:
+            owner, _, name = path.rpartition(".")
+            kept = id(module) in gone or id(module) in self._reach.modules or self._reach.names(gm, path)
+            if not kept and (id(gm), path) not in called and _exists(gm, path) and gm.get_submodule(path) is module:
+                names = [inner for inner, held in gm.named_modules(remove_duplicate=False) if held is module]
+                if len(names) > 1:
+                    del gm.get_submodule(owner)._modules[name]
 
     def _drop_modules(self, gone: set[int], callers: dict[int, set[fx.Node]]) -> set[int]:
         """Take out the modules ``gone``; the containers that are empty now."""

@@ -73,6 +73,7 @@ class Unary:
     computes: bool = False
     tensors: tuple[Tensor, ...] = ()
     whole: bool = True
+    pads: bool = False
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:

@@ -9,7 +9,8 @@ from itertools import pairwise
 import networkx as nx
 from torch import Tensor, fx
 
-from fxexpand.algebra.affine import Affine, without_groups
+from fxexpand.algebra.affine import Affine, pads_itself, without_groups
+from fxexpand.algebra.order import Order, shifted
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.reading import Reading
@@ -24,10 +25,10 @@ _FIRST = 1 << 96
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates for one sample, and nodes that run."""
+    """Multiply-accumulates for one sample, and nodes that run; padding by itself is half of one."""
 
     macs: int = 0
-    nodes: int = 0
+    nodes: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.macs + other.macs, self.nodes + other.nodes)
@@ -35,11 +36,16 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """A stretch that becomes one layer; ``cost`` is that of the layer, ``before`` of the nodes as they stand."""
+    """A stretch that becomes one layer; ``cost`` is that of the layer, ``before`` of the nodes as they stand.
+
+    ``parts`` are the stretches it is made of, composed in ``order``: not every order need be exact.
+    """
 
     stretch: Stretch
     cost: Cost
     before: Cost
+    parts: tuple[Stretch, ...]
+    order: Order
 
 
 @dataclass
@@ -104,12 +110,13 @@ class Planner:
         elements = [self._element(stretch) for stretch in spine]
         count = len(elements)
         maps: dict[tuple[int, int], Affine | Refusal | None] = {}
+        orders: dict[tuple[int, int], Order] = {}
         edges: dict[tuple[int, int], Cost] = {}
         reasons: dict[int, str] = {}
         graph: nx.DiGraph[int] = nx.DiGraph()
         for start in reversed(range(count)):
             for end in range(start + 1, min(count, start + WINDOW) + 1):
-                maps[start, end] = self._span(elements, maps, start, end)
+                maps[start, end] = self._span(elements, maps, orders, start, end)
                 cost = self._cost_of_one(elements, maps[start, end], start, end)
                 if isinstance(cost, Refusal):
                     if end == start + 2 and not isinstance(elements[start].map, Refusal):
@@ -122,29 +129,35 @@ class Planner:
             graph.add_edge(start, start + 1, weight=self._weight(edges.get((start, start + 1), stands)))
             for end in range(start + 2, min(count, start + WINDOW) + 1):
                 if (start, end) in edges:
-                    graph.add_edge(start, end, weight=self._weight(edges[start, end]))
+                    # Of equals, what stands is left alone.
+                    graph.add_edge(start, end, weight=self._weight(edges[start, end]) + 1)
         path = nx.shortest_path(graph, 0, count, weight="weight") if count > 1 else [0, 1]
-        return self._chosen(elements, path, edges, reasons)
+        return self._chosen(elements, path, edges, orders, reasons)
 
     def _element(self, stretch: Stretch) -> _Element:
-        found = map_between(self.reading, stretch, sketch=True)
+        found = map_between(self.reading, stretch)
         inner = self.plan(stretch.nodes[:-1]) if len(stretch.nodes) > 1 else Plan()
         return _Element(stretch, found, inner)
 
+    @staticmethod
     def _span(
-        self,
         elements: list[_Element],
         maps: dict[tuple[int, int], Affine | Refusal | None],
+        orders: dict[tuple[int, int], Order],
         start: int,
         end: int,
     ) -> Affine | Refusal | None:
         """The one map of several elements: exact if it is so from the left, or from the right."""
         if end == start + 1:
+            orders[start, end] = 0
             return elements[start].map
+        orders[start, end] = (orders[start, end - 1], end - 1 - start)
         found = in_turn(maps[start, end - 1], elements[end - 1].map)
         if isinstance(found, Refusal) and end > start + 2:
             other = in_turn(elements[start].map, maps[start + 1, end])
-            return other if not isinstance(other, Refusal) else found
+            if not isinstance(other, Refusal):
+                orders[start, end] = (0, shifted(orders[start + 1, end]))
+                return other
         return found
 
     def _cost_of_one(
@@ -167,7 +180,7 @@ class Planner:
                 return Refusal(f"their tensors differ: {', '.join(sorted(map(str, kind)))}")
         if not any(self._computes(node) for element in elements[start:end] for node in element.stretch.nodes):
             return Refusal("no convolution or linear layer stands beside it to take it in")
-        return Cost(self._macs(found, source), 1)
+        return Cost(self._macs(found, source), 1 if pads_itself(found) else 1.5)
 
     def _tensors(self, element: _Element) -> list[Tensor]:
         parts = [self.reading.part(node) for node in element.stretch.nodes]
@@ -185,17 +198,24 @@ class Planner:
         part = self.reading.parts[node]
         found = self.reading.sketch_of(node) if isinstance(part, Unary) and part.computes else None
         if not isinstance(found, Affine) or not isinstance(part, Unary):
-            return Cost(nodes=1)
+            return Cost(nodes=0.5 if isinstance(part, Unary) and part.pads else 1)
         return Cost(self._macs(found, part.source), 1)
 
     def _macs(self, affine: Affine, source: fx.Node) -> int:
         return without_groups(affine).macs(self.reading.size(source, affine.dims))
 
     def _weight(self, cost: Cost) -> int:
-        return cost.nodes * _FIRST + cost.macs if self.always else cost.macs * _FIRST + cost.nodes
+        nodes = int(2 * cost.nodes)
+        first, second = (nodes, cost.macs) if self.always else (cost.macs, nodes)
+        return (first * _FIRST + second) * WINDOW
 
     def _chosen(
-        self, elements: list[_Element], path: list[int], edges: dict[tuple[int, int], Cost], reasons: dict[int, str]
+        self,
+        elements: list[_Element],
+        path: list[int],
+        edges: dict[tuple[int, int], Cost],
+        orders: dict[tuple[int, int], Order],
+        reasons: dict[int, str],
     ) -> Plan:
         """The plan that ``path`` stands for, with the reasons for what it leaves alone."""
         plan = Plan(again=len(path) > 2 and len(path) <= len(elements))
@@ -206,7 +226,8 @@ class Planner:
                 nodes = tuple(node for element in merged for node in element.stretch.nodes)
                 before = sum((self._own_cost(node) for node in nodes), Cost())
                 stretch = Stretch(merged[0].stretch.source, merged[-1].stretch.last, nodes)
-                plan.merges.append(Merge(stretch, cost, before))
+                parts = tuple(element.stretch for element in merged)
+                plan.merges.append(Merge(stretch, cost, before, parts, orders[start, end]))
                 plan.cost += cost
                 continue
             element = elements[start]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -19,6 +19,7 @@ from fxexpand.algebra.affine import (
     scales,
     times,
 )
+from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.regions.maps import axis_refusal, shaped
 from fxexpand.regions.parts import Join, Unary
@@ -107,24 +108,36 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> str:
     return node.name if node.op != "placeholder" else f"the input {node.target}"
 
 
-def map_between(reading: Reading, stretch: Stretch, *, sketch: bool) -> Affine | Refusal | None:
-    """The one map that ``stretch`` applies: without its numbers for a ``sketch``, and else in float64.
+def map_between(reading: Reading, stretch: Stretch, device: torch.device | None = None) -> Affine | Refusal | None:
+    """The one map that ``stretch`` applies, in float64 on ``device``; without one, a sketch of it without its numbers.
 
     None where it leaves its input as it is.
     """
     maps: dict[fx.Node, Affine | Refusal | None] = {stretch.source: None}
-    device = torch.device("meta") if sketch else _device(reading, stretch)
+    where = torch.device("meta") if device is None else device
     for node in stretch.nodes:
         part = reading.part(node)
         if isinstance(part, Unary):
-            own = reading.sketch_of(node) if sketch else _exact(reading.map_of(node), device)
+            own = reading.sketch_of(node) if device is None else _exact(reading.map_of(node), device)
             maps[node] = in_turn(maps[part.source], own)
         elif isinstance(part, Join):
-            maps[node] = _joined(reading, stretch, node, part, maps, device)
+            maps[node] = _joined(reading, stretch, node, part, maps, where)
         found = maps[node]
         if isinstance(found, Refusal):
             return found.at(node.name)
     return maps[stretch.last]
+
+
+def map_of_parts(reading: Reading, parts: Sequence[Stretch], order: Order) -> Affine | Refusal | None:
+    """The map of ``parts`` in turn, composed in ``order``, in float64."""
+    device = _device(reading, parts)
+
+    def composed(order: Order) -> Affine | Refusal | None:
+        if isinstance(order, int):
+            return map_between(reading, parts[order], device)
+        return in_turn(composed(order[0]), composed(order[1]))
+
+    return composed(order)
 
 
 def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype) -> Affine | None:
@@ -195,9 +208,9 @@ def _exact(found: Affine | Refusal | None, device: torch.device) -> Affine | Ref
     return found.to(dtype=torch.float64, device=device) if isinstance(found, Affine) else found
 
 
-def _device(reading: Reading, stretch: Stretch) -> torch.device:
-    """Where the tensors of the layers in ``stretch`` are; scales, pools and selections are made on the CPU."""
-    parts = [reading.part(node) for node in stretch.nodes]
+def _device(reading: Reading, stretches: Sequence[Stretch]) -> torch.device:
+    """Where the tensors of the layers are; scales, pools and selections are made on the CPU."""
+    parts = [reading.part(node) for stretch in stretches for node in stretch.nodes]
     tensors = [tensor for part in parts if isinstance(part, Unary) for tensor in part.tensors]
     return tensors[0].device if tensors else torch.device("cpu")
 
