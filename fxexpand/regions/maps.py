@@ -24,6 +24,8 @@ def shaped(signal: Signal) -> tuple[int, int] | Refusal:
         return Refusal("no convolution or linear layer beside it tells its channels")
     if CONFLICT in (signal.dims, signal.channels):
         return Refusal("what reads the same value disagrees on which axis the channels are")
+    if signal.channels < 1:
+        return Refusal("it has no channels")
     return signal.dims, signal.channels
 
 

@@ -34,7 +34,9 @@ class Signal:
         return self if channels == self.channels else replace(self, channels=channels)
 
     def agreed(self) -> Signal:
-        """What is known without a conflict."""
+        """What is known without a conflict: where axes disagree, each side counts channels of its own."""
+        if self.dims == CONFLICT:
+            return Signal(rank=None if self.rank == CONFLICT else self.rank)
         if CONFLICT not in (self.dims, self.channels, self.rank):
             return self
         return Signal(*(None if value == CONFLICT else value for value in (self.dims, self.channels, self.rank)))

@@ -241,3 +241,21 @@ def test_batch_norm_of_one_dimension_after_a_convolution_of_two_without_batch() 
     x = random(2, 4, 5)
     assert torch.equal(fused(x), model(x))
     assert "no batch" in fxexpand.explain(model).refused[1].reason
+
+
+def test_a_value_that_layers_read_along_different_axes() -> None:
+    """The linear layer's one feature is the last axis; the slice takes channels of two."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.other, self.dense = nn.AvgPool3d((1, 1, 3)), nn.AvgPool3d(1), nn.Linear(1, 3, bias=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.pool(x)
+            return self.other(y[:, 1:]), self.dense(y)
+
+    model = randomised(Both())
+    x = random(2, 2, 4, 4, 4)
+    for expected, found in zip(model(x), fxexpand.fuse(model)(x), strict=True):
+        assert torch.equal(found, expected)
