@@ -80,7 +80,7 @@ def compose_rounded(first: Kernel, scale: Kernel, dtype: torch.dtype) -> Kernel:
     for i in range(0, len(weight), rows):
         block = first.weight[i : i + rows].detach().to(torch.float64, copy=True)
         weight[i : i + rows] = block.mul_(factors[i : i + rows].reshape(shape))
-    bias = None if scale.bias is None else scale.bias.detach().double()
+    bias = None if scale.bias is None else scale.bias.detach().to(torch.float64, copy=True)
     if first.bias is not None:
         scaled = first.bias.detach().double() * factors
         bias = scaled if bias is None else bias + scaled

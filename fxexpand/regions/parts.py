@@ -76,6 +76,7 @@ class Unary:
     tensors: tuple[Tensor, ...] = ()
     whole: bool = True
     pads: bool = False
+    broadcasts: bool = False
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:

@@ -178,9 +178,23 @@ class Planner:
         for kind in ({t.dtype for t in tensors}, {t.device for t in tensors}):
             if len(kind) > 1:
                 return Refusal(f"their tensors differ: {', '.join(sorted(map(str, kind)))}")
+        nodes = [node for element in elements[start:end] for node in element.stretch.nodes]
+        change = self._change_before_last_read(source, nodes)
+        if change is not None:
+            return Refusal(f"{change.name} changes {source.name} in place before all of it is read")
         if not any(self._computes(node) for element in elements[start:end] for node in element.stretch.nodes):
             return Refusal("no convolution or linear layer stands beside it to take it in")
         return Cost(self._macs(found, source), 1 if pads_itself(found) else 1.5)
+
+    def _change_before_last_read(self, source: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
+        """What changes ``source`` between the first of ``nodes`` and the last that reads its memory."""
+        effects, shared, last = self.reading.effects, {source}, nodes[0]
+        for node in nodes:
+            if not shared.isdisjoint(node.all_input_nodes):
+                last = node
+                if not effects.is_fresh(node):
+                    shared.add(node)
+        return effects.changes_between(source, nodes[0], last)
 
     def _tensors(self, element: _Element) -> list[Tensor]:
         parts = [self.reading.part(node) for node in element.stretch.nodes]

@@ -205,7 +205,8 @@ def _pass_on(
         after = None if before.channels is None or part.gives.channels else part.channels(before.channels)
         note(node, before.of_channels(after))
         here = at(node)
-        note(part.source, here if part.channels is same_channels else here.of_channels(None))
+        if not part.broadcasts:
+            note(part.source, here if part.channels is same_channels else here.of_channels(None))
     elif isinstance(part, Join):
         summed = part.factors is not None
         total = None if summed else _total([at(source).channels for source in part.sources])

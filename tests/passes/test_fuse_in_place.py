@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import fxexpand
 from drawing import random
-from fusing import Layers, calls, fused, left_alone
+from fusing import Layers, calls, fused, left_alone, randomised
 
 
 def image() -> Tensor:
@@ -224,3 +224,43 @@ def weight_used_in_another_call(m: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize("run", [weight_read, weight_returned, statistics_read, weight_used_in_another_call])
 def test_weights_that_something_else_reads(run: Any) -> None:
     assert "BatchNorm2d" not in calls(fused(Layers(run), image()))
+
+
+def test_a_change_behind_an_alias() -> None:
+    """The identity gives its input itself, which changes before the convolution reads it."""
+
+    class Aliases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.relu, self.conv = nn.Identity(), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.same(x)
+            self.relu(x)
+            out: Tensor = self.conv(y)
+            return out
+
+    model = fx.symbolic_trace(randomised(Aliases()))
+    fused = fxexpand.fuse(model)
+    x = random(2, 4, 3, 3)
+    assert torch.equal(fused(x.clone()), model(x.clone()))
+
+
+def test_nothing_shares_memory_with_a_shift() -> None:
+    model = Layers(lambda m, x: m.other(x) + m.scale)
+    fused = fxexpand.fuse(model)
+    assert isinstance(fused, fx.GraphModule)
+    assert [node.op for node in fused.graph.nodes] == ["placeholder", "call_module", "output"]
+    before = fused(torch.ones(1, 4, 4, 4, dtype=torch.float64))
+    model.get_parameter("scale").data.mul_(3)
+    assert torch.equal(fused(torch.ones(1, 4, 4, 4, dtype=torch.float64)), before)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (4, 4), (2, 4, 4, 4)])
+def test_a_scale_that_may_broadcast_its_input(shape: tuple[int, ...]) -> None:
+    """It makes 4 channels of one, and an image of a row; of what the layer after it reads, only examples tell."""
+    model = Layers(lambda m, x: m.conv(x * m.scale))
+    x = random(*shape)
+    assert torch.equal(fxexpand.fuse(model)(x), model(x))
+    fused = fxexpand.fuse(model, x)
+    assert (fused(x) - model(x)).norm() <= 1e-14 * model(x).norm()
