@@ -30,7 +30,6 @@ from benchmarks.rewrite_time import machine
 from fxexpand import CK, CL, FC
 from fxexpand.algebra.step_cost import StepCost
 from fxexpand.graph.collapsed import Collapsed
-from fxexpand.graph.expanded import Expanded
 from fxexpand.strategies import Strategy
 
 
@@ -102,8 +101,8 @@ def measure(setting: SiteSetting, rounds: int) -> dict[str, Any]:
             spent = _seconds(model, x)
             if counted >= 0:
                 times[name].append(spent)
-    expanded = next(module for module in explicit.modules() if isinstance(module, Expanded))
-    costs = Collapsed.step_costs(expanded, setting.shape()[1:], setting.batch)
+    site = next(module for module in fast.modules() if isinstance(module, Collapsed))
+    costs = Collapsed.step_costs(site, site._order, setting.shape()[1:], setting.batch)
     return {
         "site": str(setting),
         "seconds": {name: statistics.median(spent) for name, spent in times.items()},

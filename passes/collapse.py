@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from torch import fx, nn
 
+from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost
 from fxexpand.errors import ExpansionError
@@ -50,19 +52,19 @@ def collapse(model: nn.Module, *example_inputs: object) -> nn.Module:
     shapes = shapes_of(work, example_inputs, "collapse")
     inner = {id(child) for module in found for child in module.modules() if child is not module}
     reasons: list[str] = []
-    planned: list[tuple[Expanded, list[Edit]]] = []
+    planned: list[_Plan] = []
     for path, module in work.named_modules():
         if isinstance(module, Expanded) and not isinstance(module, Collapsed) and id(module) not in inner:
-            edits = _plan(work, module, shapes)
-            if isinstance(edits, Refusal):
-                reasons.append(f"{path}: {edits}")
+            plan = _plan(work, module, shapes)
+            if isinstance(plan, Refusal):
+                reasons.append(f"{path}: {plan}")
             else:
-                planned.append((module, edits))
+                planned.append(plan)
     if reasons and not (example_inputs or planned):
         raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
-    for module, _ in planned:
-        Collapsed.adopt(module)
-    rewrite(edit for _, edits in planned for edit in edits)
+    for plan in planned:
+        Collapsed.adopt(plan.expanded, plan.order)
+    rewrite(edit for plan in planned for edit in plan.edits)
     return work
 
 
@@ -93,13 +95,20 @@ def release_all(work: nn.Module) -> None:
     rewrite(edits)
 
 
-def _plan(work: nn.Module, expanded: Expanded, shapes: Shapes) -> list[Edit] | Refusal:
-    """The edits that call ``expanded`` as one layer in all graphs of ``work``, or why it stays as it is."""
+@dataclass(frozen=True)
+class _Plan:
+    expanded: Expanded
+    order: Order
+    edits: tuple[Edit, ...]
+
+
+def _plan(work: nn.Module, expanded: Expanded, shapes: Shapes) -> _Plan | Refusal:
+    """How ``expanded`` is called as one layer in all graphs of ``work``, or why it stays as it is."""
     if has_hooks(expanded):
         return Refusal("it has forward or backward hooks")
-    refusal = Collapsed.refusal(expanded)
-    if refusal is not None:
-        return refusal
+    order = Collapsed.order_of(expanded)
+    if isinstance(order, Refusal):
+        return order
     edits: list[Edit] = []
     for gm in _graphs(work):
         for found in edits_of(gm, expanded, ModuleStep):
@@ -107,16 +116,17 @@ def _plan(work: nn.Module, expanded: Expanded, shapes: Shapes) -> list[Edit] | R
                 return found
             edits.append(found)
     sources = [source_of(edit.nodes[0]) for edit in edits]
-    return _dearer(expanded, [shapes[source] for source in sources if source in shapes]) or edits
+    refusal = _dearer(expanded, order, [shapes[source] for source in sources if source in shapes])
+    return refusal or _Plan(expanded, order, tuple(edits))
 
 
-def _dearer(expanded: Expanded, inputs: list[tuple[int, ...]]) -> Refusal | None:
+def _dearer(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> Refusal | None:
     """Whether composing costs more than it saves, for inputs of these shapes; without any it is taken to save."""
     explicit, collapsed = StepCost(), StepCost()
     d = expanded.origin.geometry.dims
     for shape in inputs:
         batch = prod(shape[:-1]) if d == 0 else prod(shape[: -d - 1])
-        costs = Collapsed.step_costs(expanded, shape[len(shape) - d :] if d else (), batch)
+        costs = Collapsed.step_costs(expanded, order, shape[len(shape) - d :] if d else (), batch)
         explicit, collapsed = explicit + costs[0], collapsed + costs[1]
     if collapsed.total <= explicit.total:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -133,7 +132,7 @@ def _origin(site: Site) -> LayerOrigin | CallOrigin:
 
 
 def _check_geometry(site: Site, strategy: Strategy, expanded: Expanded) -> None:
-    kernel = copy.deepcopy(expanded).to("meta").as_kernel()
+    kernel = expanded.as_kernel(sketch=True)
     if isinstance(kernel, Refusal):
         raise ExpansionError(f"{site}: the layers of {strategy} do not make up this one: {kernel}. Mend its layers().")
 

@@ -8,11 +8,11 @@ from torch import fx, nn
 
 from fxexpand.graph.layers import is_layer
 from fxexpand.graph.uses import running
-from fxexpand.passes.fuse import Lifts, plan_all, prepared
+from fxexpand.passes.fuse import plan_all, prepared
 from fxexpand.regions.explanation import Explanation, Merged, Refused
 from fxexpand.regions.install import MERGED, label, paths_of
 from fxexpand.regions.plan import Plan
-from fxexpand.regions.reading import Reading
+from fxexpand.regions.reading import Lifts, Reading
 from fxexpand.regions.shapes import shapes_of
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxexpand.algebra.affine import Affine, Border
 from fxexpand.algebra.kernel import Kernel
@@ -18,7 +17,7 @@ from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.trace import Limits, check_model, open_up
-from fxexpand.graph.traced import copy_model, tensors_outside
+from fxexpand.graph.traced import copy_model, with_own_tensors
 from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
 from fxexpand.passes.collapse import release_all
@@ -28,10 +27,8 @@ from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Plan, Planner
 from fxexpand.regions.reach import Reach
-from fxexpand.regions.reading import Reading
+from fxexpand.regions.reading import Lifts, Reading
 from fxexpand.regions.shapes import shapes_of
-
-Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Kernel]]"
 
 
 def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None) -> nn.Module:
@@ -73,7 +70,7 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
         warnings.warn(
             "fuse: batch norm in training mode holds up merges; call model.eval() first", UserWarning, stacklevel=2
         )
-    return _unshared(work, new)
+    return with_own_tensors(work, new)
 
 
 def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Affine]]:
@@ -140,22 +137,3 @@ def _held_up_by_training(reading: Reading, plan: Plan) -> bool:
             if isinstance(part, Unary) and part.computes and len(source.users) == 1:
                 return True
     return False
-
-
-def _unshared(work: nn.Module, new: list[nn.Module]) -> nn.Module:
-    """``work`` with tensors of its own in place of those that it shares with the model that came in."""
-    memo: dict[int, Any] = {id(p): p for layer in new for p in layer.parameters()}
-    if any(id(tensor) not in memo for tensor in tensors_outside(work)):
-        return copy_model(work, share=False)
-    for module in work.modules():
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for held in tables:
-            held.update({name: _copied(tensor, memo) for name, tensor in held.items() if tensor is not None})
-    return work
-
-
-def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    if id(tensor) not in memo and not tensor.is_leaf:
-        memo[id(tensor)] = tensor.detach().clone()
-    copied: Tensor = copy.deepcopy(tensor, memo)
-    return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -124,9 +125,19 @@ class Kernel:
         return y if self.bias is None else y + self.bias
 
 
+def pad_amounts(sides: Sides) -> list[int]:
+    """What ``F.pad`` and the padding modules of torch take: (before, after) of the last axis first."""
+    return [amount for pair in reversed(sides) for amount in pair]
+
+
+def pad_sides(amounts: Sequence[int]) -> Sides:
+    """(before, after) for each axis, from what ``F.pad`` takes."""
+    return tuple((amounts[i], amounts[i + 1]) for i in reversed(range(0, len(amounts), 2)))
+
+
 def _padded(x: Tensor, padding: Sides) -> Tensor:
     """``x`` with zeros added, then cropped: what is cut off may reach beyond the signal into the zeros."""
-    amounts = [amount for sides in reversed(padding) for amount in sides]  # torch wants the last axis first
+    amounts = pad_amounts(padding)
     x = F.pad(x, [max(amount, 0) for amount in amounts])
     if min(amounts) < 0:
         x = F.pad(x, [min(amount, 0) for amount in amounts])

@@ -45,10 +45,15 @@ def cheapest_order(chain: Sequence[Kernel]) -> Order | Refusal:
 
 def composition_cost(first: Kernel, second: Kernel) -> int:
     """Multiply-accumulates of composing two kernels, and what moving elements costs beside them."""
+    macs, moved = composition_work(first, second)
+    return macs + _MOVED * moved
+
+
+def composition_work(first: Kernel, second: Kernel) -> tuple[int, int]:
+    """(multiply-accumulates, elements of a weight that are moved) of composing two kernels."""
     # (n, c/g₂, *k₂) with (c, m/g₁, *k₁): every pair of taps, of all channels that meet
     macs = second.weight.numel() * first.weight.shape[1] * prod(first.kernel_size)
-    moved = second.weight.numel() if first.pointwise and not second.pointwise else 0
-    return macs + _MOVED * moved
+    return macs, second.weight.numel() if first.pointwise and not second.pointwise else 0
 
 
 def compose_in(order: Order, chain: Sequence[Kernel]) -> Kernel | Refusal:

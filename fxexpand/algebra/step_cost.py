@@ -9,7 +9,7 @@ from math import prod
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.compose import compose
 from fxexpand.algebra.kernel import Ints, Kernel
-from fxexpand.algebra.order import Order
+from fxexpand.algebra.order import Order, composition_work
 from fxexpand.algebra.refusal import Refusal
 
 # Multiply-accumulates that take as long as one element of an activation, one of a weight, and one operation. Fitted
@@ -76,6 +76,5 @@ def _composed(order: Order, chain: Sequence[Kernel]) -> tuple[StepCost, Kernel |
     whole = compose(first, second)
     if isinstance(whole, Refusal):
         return a + b, whole
-    macs = second.weight.numel() * first.weight.shape[1] * prod(first.kernel_size)
-    moved = second.weight.numel() if first.pointwise and not second.pointwise else 0
+    macs, moved = composition_work(first, second)
     return a + b + StepCost(3 * macs, 0, moved + whole.weight.numel(), 0), whole

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.algebra.kernel import Ints, Kernel
+from fxexpand.algebra.kernel import Ints, Kernel, pad_amounts
 from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
-from fxexpand.graph.layers import peculiarity
 from fxexpand.graph.lift import lift_bare
 
 
@@ -34,45 +33,31 @@ class Collapsed(Expanded):
         _entry: tuple[list[int], str] | None
 
     @staticmethod
-    def refusal(expanded: Expanded) -> Refusal | None:
-        """Why ``expanded`` cannot run as one layer, or None where it can."""
-        whole = expanded.as_kernel(torch.float64)
-        if isinstance(whole, Refusal):
-            return whole
-        for path, layer in _leaves(expanded):
-            found = peculiarity(layer)
-            if found is not None:
-                return found.at(path)
-        order = cheapest_order(_kernels(expanded))
-        return order if isinstance(order, Refusal) else None
+    def order_of(expanded: Expanded) -> Order | Refusal:
+        """The order to compose the layers of ``expanded`` in, or why they cannot run as one layer."""
+        whole = expanded.as_kernel(sketch=True)
+        return whole if isinstance(whole, Refusal) else cheapest_order(_sketches(expanded))
 
     @staticmethod
-    def adopt(expanded: Expanded) -> None:
-        """Make ``expanded`` run as one layer; it stays the same object."""
-        order = cheapest_order([kernel.to(device="meta") for kernel in _kernels(expanded)])
-        if isinstance(order, Refusal):
-            raise TypeError(f"no layer is all of these: {order}")
+    def adopt(expanded: Expanded, order: Order) -> None:
+        """Make ``expanded`` run as one layer, composed in ``order``; it stays the same object."""
         expanded.__class__ = Collapsed
         state: dict[str, Any] = vars(expanded)
-        names = [path for path, _ in _leaves(expanded)]
         state["_order"] = order
         state["_recipe"] = tuple(
             (path, kernel.stride, kernel.dilation, kernel.groups)
-            for path, kernel in zip(names, _kernels(expanded), strict=True)
+            for (path, _), kernel in zip(_leaves(expanded), _sketches(expanded), strict=True)
         )
-        padding = expanded.entry_padding
-        zeros = padding is None or (padding[0] == "zeros" and all(a == b for a, b in padding[1]))
-        state["_entry"] = None if zeros or padding is None else _pad_arguments(*padding)
+        mode, sides = expanded.entry_padding or ("zeros", ())
+        own = mode == "zeros" and all(before == after for before, after in sides)
+        state["_entry"] = None if own else (pad_amounts(sides), "constant" if mode == "zeros" else mode)
 
     @staticmethod
-    def step_costs(expanded: Expanded, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+    def step_costs(expanded: Expanded, order: Order, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
         """What a training step costs ``expanded`` layer by layer, and as one layer, for ``batch`` signals of a size."""
-        chain = [kernel.to(device="meta") for kernel in _kernels(expanded)]
-        order = cheapest_order(chain)
-        if isinstance(order, Refusal):
-            raise TypeError(f"no layer is all of these: {order}")
-        padded = [replace(chain[0], padding=expanded.origin.geometry.padding), *chain[1:]]
-        return explicit_step(padded, size, batch), collapsed_step(order, padded, size, batch)
+        first, *others = _sketches(expanded)
+        chain = [replace(first, padding=expanded.origin.geometry.padding), *others]
+        return explicit_step(chain, size, batch), collapsed_step(order, chain, size, batch)
 
     def release(self) -> None:
         """Make it run layer by layer again."""
@@ -110,12 +95,7 @@ def _leaves(expanded: Expanded) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in expanded.in_turn() if path.rpartition(".")[2] != PAD]
 
 
-def _kernels(expanded: Expanded) -> list[Kernel]:
+def _sketches(expanded: Expanded) -> list[Kernel]:
+    """The kernels of the layers in turn, with shapes and no numbers."""
     lifted = [lift_bare(layer) for _, layer in _leaves(expanded)]
-    return [kernel for kernel in lifted if isinstance(kernel, Kernel)]
-
-
-def _pad_arguments(mode: str, sides: tuple[tuple[int, int], ...]) -> tuple[list[int], str]:
-    """What ``F.pad`` takes for (before, after) pairs, one an axis."""
-    amounts = [amount for pair in reversed(sides) for amount in pair]
-    return amounts, "constant" if mode == "zeros" else mode
+    return [kernel.to(device="meta") for kernel in lifted if isinstance(kernel, Kernel)]

@@ -90,23 +90,24 @@ class Expanded(nn.Sequential):
         """The bias of the one layer that these are: (n,), or None."""
         return self._kernel().bias
 
-    def as_kernel(self, dtype: torch.dtype | None = None) -> Kernel | Refusal:
+    def as_kernel(self, dtype: torch.dtype | None = None, *, sketch: bool = False) -> Kernel | Refusal:
         """The kernel that the layers compose to, computed in ``dtype``, without the padding of the first.
 
-        Refuses when the layers no longer form one layer with the hyperparameters of the old one.
+        A ``sketch`` is on the device "meta": it has shapes, and no numbers. Refuses when the layers no longer form one
+        layer with the hyperparameters of the old one.
         """
         kernels: list[Kernel] = []
         for position, (name, layer) in enumerate(self.named_children()):
             if name == PAD and position == 0:
                 continue
-            lifted = _lift_inner(layer, first=position == 0)
+            lifted = _lift_inner(layer, first=position == 0, sketch=sketch)
             if isinstance(lifted, Refusal):
                 return lifted.at(name)
             kernels.append(lifted if dtype is None else lifted.to(dtype=dtype))
-        devices = sorted({str(kernel.weight.device) for kernel in kernels})
+        devices = sorted({str(parameter.device) for parameter in self.parameters()})
         if len(devices) != 1:
             return Refusal(f"its layers are on {len(devices)} devices ({', '.join(devices)}), expected one")
-        whole = compose_all(kernels)
+        whole = compose_all(kernel.to(device="meta") for kernel in kernels) if sketch else compose_all(kernels)
         return whole if isinstance(whole, Refusal) else self._as_before(whole)
 
     def in_turn(self) -> list[tuple[str, nn.Module]]:
@@ -164,10 +165,10 @@ def strays(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if hasattr(module, _MARK) and id(module) not in held]
 
 
-def _lift_inner(layer: nn.Module, *, first: bool) -> Kernel | Refusal:
+def _lift_inner(layer: nn.Module, *, first: bool, sketch: bool) -> Kernel | Refusal:
     """The kernel of one layer of an expansion; the first one's padding is the expansion's own, and left out."""
     if isinstance(layer, Expanded):
-        kernel, padding = layer.as_kernel(), layer.entry_padding
+        kernel, padding = layer.as_kernel(sketch=sketch), layer.entry_padding
     else:
         kernel, padding = lift_bare(layer), padding_of(layer)
         if isinstance(kernel, Kernel):

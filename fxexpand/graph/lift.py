@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fxexpand.algebra.kernel import Kernel, Sides
+from fxexpand.algebra.kernel import Kernel, Sides, pad_amounts, pad_sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS, geometry_of
 from fxexpand.graph.layers import is_layer
@@ -34,8 +34,7 @@ def lift_bare(layer: nn.Module | None) -> Kernel | Refusal:
 
 def pad_module(mode: str, padding: Sides) -> nn.Module:
     """torch's padding module for a mode of ``ConvNd`` and (before, after) pairs, one an axis."""
-    amounts = tuple(amount for sides in reversed(padding) for amount in sides)
-    pad: nn.Module = _PADS[mode][len(padding) - 1](amounts)
+    pad: nn.Module = _PADS[mode][len(padding) - 1](tuple(pad_amounts(padding)))
     return pad
 
 
@@ -43,9 +42,7 @@ def padding_of(layer: nn.Module | None) -> tuple[str, Sides] | None:
     """(mode, sides) that a convolution or padding module adds to its input; None where it adds nothing."""
     for mode, classes in _PADS.items():
         if type(layer) in classes:
-            amounts = cast("tuple[int, ...]", vars(layer)["padding"])
-            pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
-            return mode, tuple(reversed(pairs))
+            return mode, pad_sides(cast("tuple[int, ...]", vars(layer)["padding"]))
     if isinstance(layer, tuple(DIMS)):
         geometry = geometry_of(cast(nn.Module, layer))
         return (geometry.padding_mode, geometry.padding) if geometry.padded else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -142,7 +142,24 @@ def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
             waiting += value
 
 
-def tensors_outside(model: nn.Module) -> list[Tensor]:
-    """The tensors in plain attributes of ``model``, lists and dictionaries: no parameters and buffers of modules."""
+def with_own_tensors(model: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
+    """``model``, its tensors replaced by copies, but for the parameters of the modules ``own``.
+
+    Works on ``model`` itself, unless there are tensors in plain attributes, for which all of it is copied.
+    """
+    memo: dict[int, Any] = {id(p): p for module in own for p in module.parameters()}
     held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return [value for value in _shareable(model) if isinstance(value, Tensor) and id(value) not in held]
+    if any(isinstance(value, Tensor) and id(value) not in held for value in _shareable(model)):
+        return copy_model(model, share=False)
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
+            table.update({name: _copied(tensor, memo) for name, tensor in table.items() if tensor is not None})
+    return model
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if id(tensor) not in memo and not tensor.is_leaf:
+        memo[id(tensor)] = tensor.detach().clone()
+    copied: Tensor = copy.deepcopy(tensor, memo)
+    return copied

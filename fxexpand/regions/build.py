@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxexpand.algebra.affine import Affine, pads_itself, without_groups
-from fxexpand.algebra.kernel import Sides
+from fxexpand.algebra.kernel import Sides, pad_amounts
 from fxexpand.graph.rewrite import FunctionStep
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -87,6 +87,5 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
 
 
 def _padding(mode: str, sides: Sides) -> FunctionStep:
-    amounts = [amount for pair in reversed(sides) for amount in pair]
-    settings: tuple[tuple[str, Any], ...] = (("pad", amounts),)
+    settings: tuple[tuple[str, Any], ...] = (("pad", pad_amounts(sides)),)
     return FunctionStep(F.pad, (), settings if mode == "zeros" else (*settings, ("mode", mode)))

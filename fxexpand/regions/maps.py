@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.kernel import Kernel, pad_sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import spread
 from fxexpand.regions.parts import CONFLICT, Made, Signal, Unary
@@ -93,10 +93,10 @@ def padding_map(source: fx.Node, amounts: tuple[int, ...], known: Signal) -> Una
         if isinstance(shape, Refusal):
             return shape
         dims, channels = shape
-        pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
-        if any(map(any, pairs[dims:])):
+        every = ((0, 0),) * dims + pad_sides(amounts)
+        sides = every[len(every) - dims :]
+        if any(map(any, every[: len(every) - dims])):
             return Refusal("it pads the axis of the channels")
-        sides = tuple(reversed([*pairs, *[(0, 0)] * dims][:dims]))
         ones = torch.ones(channels, 1, *(1,) * dims, dtype=torch.float64)
         return Affine(Kernel(ones, padding=sides, groups=channels)) if any(map(any, sides)) else None
 

@@ -112,15 +112,15 @@ class Planner:
         maps: dict[tuple[int, int], Affine | Refusal | None] = {}
         orders: dict[tuple[int, int], Order] = {}
         edges: dict[tuple[int, int], Cost] = {}
-        reasons: dict[int, str] = {}
+        reasons: dict[tuple[int, int], str] = {}
         graph: nx.DiGraph[int] = nx.DiGraph()
         for start in reversed(range(count)):
             for end in range(start + 1, min(count, start + WINDOW) + 1):
                 maps[start, end] = self._span(elements, maps, orders, start, end)
                 cost = self._cost_of_one(elements, maps[start, end], start, end)
                 if isinstance(cost, Refusal):
-                    if end == start + 2 and not isinstance(elements[start].map, Refusal):
-                        reasons[start + 1] = str(cost.reason)
+                    if not isinstance(elements[start].map, Refusal):
+                        reasons[start, end] = cost.reason
                 elif end > start + 1 or len(elements[start].stretch.nodes) > 1:
                     edges[start, end] = cost
             stands = self._as_it_stands(elements[start])
@@ -182,7 +182,7 @@ class Planner:
         change = self._change_before_last_read(source, nodes)
         if change is not None:
             return Refusal(f"{change.name} changes {source.name} in place before all of it is read")
-        if not any(self._computes(node) for element in elements[start:end] for node in element.stretch.nodes):
+        if not any(map(self._computes, nodes)):
             return Refusal("no convolution or linear layer stands beside it to take it in")
         return Cost(self._macs(found, source), 1 if pads_itself(found) else 1.5)
 
@@ -229,7 +229,7 @@ class Planner:
         path: list[int],
         edges: dict[tuple[int, int], Cost],
         orders: dict[tuple[int, int], Order],
-        reasons: dict[int, str],
+        reasons: dict[tuple[int, int], str],
     ) -> Plan:
         """The plan that ``path`` stands for, with the reasons for what it leaves alone."""
         plan = Plan(again=len(path) > 2 and len(path) <= len(elements))
@@ -251,23 +251,21 @@ class Planner:
                 plan.refused[element.stretch.last] = self._why(elements, start, reasons)
         return plan
 
-    def _why(self, elements: list[_Element], at: int, reasons: dict[int, str]) -> str:
+    def _why(self, elements: list[_Element], at: int, reasons: dict[tuple[int, int], str]) -> str:
         """Why the element at a position is not merged with those beside it."""
         element = elements[at]
         if isinstance(element.map, Refusal):
             own = element.map.where == element.stretch.last.name
             return element.map.reason if own else str(element.map)
         if len(element.stretch.nodes) > 1:
-            return self._dearer([element], 1)
+            return reasons.get((at, at + 1)) or self._dearer([element])
         beside = [cut for cut in (at, at + 1) if 0 < cut < len(elements)]
         for cut in beside:
-            if cut in reasons:
-                return f"with {self._name(elements[cut if cut > at else cut - 1])}: {reasons[cut]}"
-        for cut in beside:
-            return self._dearer(elements[cut - 1 : cut + 1], cut)
-        return self._stands_alone(element)
+            if (cut - 1, cut + 1) in reasons:
+                return f"with {self._name(elements[cut if cut > at else cut - 1])}: {reasons[cut - 1, cut + 1]}"
+        return self._dearer(elements[beside[0] - 1 : beside[0] + 1]) if beside else self._stands_alone(element)
 
-    def _dearer(self, elements: list[_Element], cut: int) -> str:
+    def _dearer(self, elements: list[_Element]) -> str:
         found: Affine | Refusal | None = None
         for element in elements:
             found = in_turn(found, element.map)

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.kernel import Ints
+from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import FxExpandError
 from fxexpand.regions.calls import Calls
@@ -21,7 +21,8 @@ from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
 from fxexpand.regions.reach import Reach
 from fxexpand.regions.shapes import Shapes
 
-Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Any]]"
+# What the user says that modules do.
+Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Kernel]]"
 
 # The extent of an axis where no example says it: costs are compared, and differ by the strides alone.
 NOMINAL = 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -12,11 +11,11 @@ from fxexpand.algebra.factorize import shift_copies, shift_taps, shifts
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
-from fxexpand.strategies.strategy import Strategy, check_rate, widened
+from fxexpand.strategies.strategy import Widening
 
 
 @dataclass(frozen=True)
-class CK(Strategy):
+class CK(Widening):
     """A convolution with a large kernel becomes several of 3×3 (Guo, Alvarez and Salzmann 2020, §3.3, "expanding
     convolutional kernels").
 
@@ -35,14 +34,6 @@ class CK(Strategy):
     Raises ``RuleError`` for a rate that is not positive.
     """
 
-    rate: float
-    keep_input: bool = False
-
-    dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
-
-    def __post_init__(self) -> None:
-        check_rate(self, self.rate)
-
     def reaches(self, site: Site) -> bool:
         return max(site.kernel_size) > 3 and all(k % 2 for k in site.kernel_size)
 
@@ -51,10 +42,9 @@ class CK(Strategy):
             size = "×".join(map(str, site.kernel_size))
             kind = "an odd kernel" if max(site.kernel_size) > 3 else "a kernel larger than 3"
             return Refusal(f"CK needs {kind}, found {size}. Use CL(rate={self.rate:g})")
-        m, n = site.in_channels, site.out_channels
-        first = m if self.keep_input and site.reads_input else widened(m, self.rate, site.groups)
+        p, q = self.widths(site)
         sizes = shift_taps(site.kernel_size)
-        widths = [m, first, *[widened(n, self.rate, site.groups)] * (len(sizes) - 2), n]
+        widths = [site.in_channels, p, *[q] * (len(sizes) - 2), site.out_channels]
         last = len(sizes) - 1
         return {
             f"kernel_{i}": site.layer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -12,11 +11,11 @@ from fxexpand.algebra.factorize import around_kernel
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
-from fxexpand.strategies.strategy import Strategy, check_rate, widened
+from fxexpand.strategies.strategy import Widening
 
 
 @dataclass(frozen=True)
-class CL(Strategy):
+class CL(Widening):
     """A convolution becomes pointwise, k×k, pointwise (Guo, Alvarez and Salzmann 2020, §3.2, "expanding convolutional
     layers").
 
@@ -32,21 +31,12 @@ class CL(Strategy):
     Raises ``RuleError`` for a rate that is not positive.
     """
 
-    rate: float
-    keep_input: bool = False
-
-    dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
-
-    def __post_init__(self) -> None:
-        check_rate(self, self.rate)
-
     def reaches(self, site: Site) -> bool:
         return any(k > 1 for k in site.kernel_size)
 
     def layers(self, site: Site) -> Mapping[str, nn.Module]:
         m, n = site.in_channels, site.out_channels
-        p = m if self.keep_input and site.reads_input else widened(m, self.rate, site.groups)
-        q = widened(n, self.rate, site.groups)
+        p, q = self.widths(site)
         return {
             "expand": site.layer(m, p, padding=site.padding),
             "kernel": site.layer(p, q, site.kernel_size, stride=site.stride, dilation=site.dilation),

@@ -48,6 +48,31 @@ class Strategy(ABC):
         return True
 
 
+@dataclass(frozen=True)
+class Widening(Strategy):
+    """A strategy for convolutions, the hidden layers of which have ``rate`` times the channels.
+
+    ``keep_input=True`` leaves the first hidden width at m in a layer that reads a network input.
+    Raises ``RuleError`` for a rate that is not positive.
+    """
+
+    rate: float
+    keep_input: bool = False
+
+    dims: ClassVar[frozenset[int]] = frozenset({1, 2, 3})
+
+    def __post_init__(self) -> None:
+        check_rate(self, self.rate)
+
+    def widths(self, site: Site) -> tuple[int, int]:
+        """(p, q): rate·m, or m where the input is kept, and rate·n."""
+        p = site.in_channels if self.keep_input and site.reads_input else self._wide(site.in_channels, site)
+        return p, self._wide(site.out_channels, site)
+
+    def _wide(self, channels: int, site: Site) -> int:
+        return widened(channels, self.rate, site.groups)
+
+
 def check_rate(strategy: Strategy, rate: object) -> None:
     """Raise ``RuleError`` unless ``rate`` is a positive, finite number."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or not isfinite(rate) or rate <= 0:
