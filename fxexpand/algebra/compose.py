@@ -7,10 +7,10 @@ from dataclasses import replace
 from math import gcd
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxexpand.algebra.kernel import Kernel, grouped, with_groups
+from fxexpand.algebra.product import product_of, tap_spacing
 from fxexpand.algebra.refusal import Refusal
 
 # Elements of a weight that are computed at a time: 2 MiB in float64.
@@ -34,19 +34,15 @@ def compose(first: Kernel, second: Kernel) -> Kernel | Refusal:
     if refusal is not None:
         return refusal
     groups = gcd(first.groups, second.groups)
-    steps = [_step(first, second, axis) for axis in range(first.dims)]
-    weight = _scaled_weight(first, second)
-    if weight is None:
-        weight = _weight(with_groups(first, groups), with_groups(second, groups), steps)
     return Kernel(
-        weight=weight,
+        weight=_weight(first, second, groups),
         bias=_bias(first, second),
         stride=tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
         padding=tuple(
             (a[0] + s * b[0], a[1] + s * b[1])
             for a, s, b in zip(first.padding, first.stride, second.padding, strict=True)
         ),
-        dilation=tuple(steps),
+        dilation=tap_spacing(first, second),
         groups=groups,
     )
 
@@ -134,61 +130,16 @@ def _mismatch(first: Kernel, second: Kernel) -> Refusal | None:
     return None
 
 
-def _step(first: Kernel, second: Kernel, axis: int) -> int:
-    """The distance between neighbouring taps of the composition: gcd(δ₁, s₁·δ₂), of those that have two taps."""
-    spacings = []
-    if first.kernel_size[axis] > 1:
-        spacings.append(first.dilation[axis])
-    if second.kernel_size[axis] > 1:
-        spacings.append(first.stride[axis] * second.dilation[axis])
-    return gcd(*spacings) if spacings else 1
-
-
-def _scaled_weight(first: Kernel, second: Kernel) -> Tensor | None:
-    """The weight where one kernel is depthwise and one pointwise, as batch norm is both: products without a sum.
-
-    None for other kernels.
-    """
-    if not (first.pointwise or second.pointwise):
-        return None
-    if second.depthwise:
-        if first.weight.is_meta and second.pointwise:
-            return first.weight  # a shape is all there is to it, and torch takes its time over those
-        return first.weight * second.weight  # (n, m/g, *k1) · (n, 1, *k2)
-    if first.depthwise:
-        taps = first.weight.reshape(second.groups, 1, -1, *first.kernel_size)
-        # (g, n/g, c/g, *k2) · (g, 1, c/g, *k1) -> (n, c/g, *K)
-        return (grouped(second.weight, second.groups) * taps).flatten(0, 1)
-    return None
-
-
-def _weight(first: Kernel, second: Kernel, steps: list[int]) -> Tensor:
-    """The full convolution of the two kernels, (n, m/G, *K), for kernels of equal groups G.
-
-    Contiguous: a convolution takes the memory format of its output from its weight, too.
-    """
-    w1 = grouped(first.weight, first.groups)  # (G, c/G, m/G, *k1)
-    w2 = grouped(second.weight, second.groups)  # (G, n/G, c/G, *k2)
-    if all(k == 1 for k in second.kernel_size):
-        # (G, n/G, c/G) @ (G, c/G, m/G·k1) -> (G, n/G, m/G·k1)
-        product = w2.flatten(2) @ w1.flatten(2)
-        return product.reshape(second.out_channels, -1, *first.kernel_size)
-    if all(k == 1 for k in first.kernel_size):
-        # (G, n/G·k2, c/G) @ (G, c/G, m/G) -> (G, n/G·k2, m/G)
-        product = w2.movedim(2, -1).flatten(1, -2) @ w1.flatten(2)
-        taps_last = product.reshape(second.out_channels, *second.kernel_size, -1)
-        return taps_last.movedim(-1, 1).contiguous()
-    # A transposed convolution adds W₂ at every tap of W₁: batch m/G, channels c -> n, taps as the signal.
-    signal = first.weight.transpose(0, 1)  # (m/G, c, *k1)
-    kernel = w2.transpose(1, 2).flatten(0, 1)  # (c, n/G, *k2)
-    spread = [a // s if k > 1 else 1 for a, s, k in zip(first.dilation, steps, first.kernel_size, strict=True)]
-    dilation = [
-        b * a // s if k > 1 else 1
-        for b, a, s, k in zip(second.dilation, first.stride, steps, second.kernel_size, strict=True)
-    ]
-    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[first.dims - 1]
-    whole = convolve(signal, kernel, stride=spread, dilation=dilation, groups=first.groups)  # (m/G, n, *K)
-    return whole.transpose(0, 1).contiguous()
+def _weight(first: Kernel, second: Kernel, groups: int) -> Tensor:
+    """The full convolution of the two kernels, (n, m/G, *K)."""
+    if first.weight.is_meta and second.depthwise and second.pointwise:
+        return first.weight  # a shape is all there is to it, and torch takes its time over those
+    product = product_of(first, second)
+    if product is None:
+        first, second = with_groups(first, groups), with_groups(second, groups)
+        product = product_of(first, second)
+        assert product is not None, "kernels of equal groups have a product"
+    return product.weight(first.weight, second.weight)
 
 
 def _bias(first: Kernel, second: Kernel) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxexpand.algebra.composition import Composition, exact_products
 from fxexpand.algebra.kernel import Ints, Kernel, pad_amounts
 from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
@@ -28,8 +29,9 @@ class Collapsed(Expanded):
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
-        _recipe: tuple[tuple[str, Ints, Ints, int], ...]
+        _recipe: tuple[tuple[tuple[str, ...], Ints, Ints, int], ...]
         _order: Order
+        _composition: Composition | None
         _entry: tuple[list[int], str] | None
 
     @staticmethod
@@ -43,10 +45,12 @@ class Collapsed(Expanded):
         """Make ``expanded`` run as one layer, composed in ``order``; it stays the same object."""
         expanded.__class__ = Collapsed
         state: dict[str, Any] = vars(expanded)
+        sketches = _sketches(expanded)
         state["_order"] = order
+        state["_composition"] = Composition.of(order, sketches)
         state["_recipe"] = tuple(
-            (path, kernel.stride, kernel.dilation, kernel.groups)
-            for (path, _), kernel in zip(_leaves(expanded), _sketches(expanded), strict=True)
+            (tuple(path.split(".")), kernel.stride, kernel.dilation, kernel.groups)
+            for (path, _), kernel in zip(_leaves(expanded), sketches, strict=True)
         )
         mode, sides = expanded.entry_padding or ("zeros", ())
         own = mode == "zeros" and all(before == after for before, after in sides)
@@ -61,33 +65,44 @@ class Collapsed(Expanded):
 
     def release(self) -> None:
         """Make it run layer by layer again."""
-        for name in ("_order", "_recipe", "_entry"):
+        for name in ("_order", "_composition", "_recipe", "_entry"):
             del vars(self)[name]
         self.__class__ = Expanded  # type: ignore[assignment]  # that is the point
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         geometry = self.origin.geometry
-        with torch.autocast(input.device.type, enabled=False):  # bfloat16 products would lose four digits
-            kernel = self._composed()
+        with exact_products(input.device.type):
+            weight, bias = self._composed()
         if geometry.dims == 0:
-            return F.linear(input, kernel.weight, kernel.bias)
+            return F.linear(input, weight, bias)
         padding = tuple(before for before, _ in geometry.padding)
         if self._entry is not None:
             amounts, mode = self._entry
             input, padding = F.pad(input, amounts, mode=mode), (0,) * geometry.dims  # noqa: A001
         convolve = (F.conv1d, F.conv2d, F.conv3d)[geometry.dims - 1]
-        return convolve(input, kernel.weight, kernel.bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+        return convolve(input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
 
-    def _composed(self) -> Kernel:
-        kernels = []
-        for path, stride, dilation, groups in self._recipe:
-            layer: Any = self.get_submodule(path)
-            kernels.append(Kernel(layer.weight, layer.bias, stride, (), dilation, groups))
+    def _composed(self) -> tuple[Tensor, Tensor | None]:
+        layers: list[Any] = [self._at(names) for names, *_ in self._recipe]
+        # A compiler sees through the checks, and through plain operations better than through a function of ours.
+        if self._composition is not None and not torch.compiler.is_compiling():
+            return self._composition([layer.weight for layer in layers], [layer.bias for layer in layers])
+        kernels = [
+            Kernel(layer.weight, layer.bias, stride, (), dilation, groups)
+            for layer, (_, stride, dilation, groups) in zip(layers, self._recipe, strict=True)
+        ]
         whole = compose_in(self._order, kernels)
         if isinstance(whole, Refusal):
             raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {whole}")
-        return whole
+        return whole.weight, whole.bias
+
+    def _at(self, names: tuple[str, ...]) -> nn.Module:
+        module: Any = self
+        for name in names:
+            module = module._modules[name]
+        found: nn.Module = module
+        return found
 
 
 def _leaves(expanded: Expanded) -> list[tuple[str, nn.Module]]:

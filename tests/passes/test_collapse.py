@@ -276,9 +276,9 @@ def test_it_composes_in_the_dtype_of_the_parameters_under_autocast() -> None:
     original = conv._composed
 
     def spy() -> Any:
-        kernel = original()
-        seen.append(kernel.weight.dtype)
-        return kernel
+        weight, bias = original()
+        seen.append(weight.dtype)
+        return weight, bias
 
     conv._composed = spy
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,220 @@
+"""A chain multiplied out at every step of training: the checks once, then the products and their derivatives alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxexpand.algebra.compose import compose
+from fxexpand.algebra.kernel import Kernel, grouped
+from fxexpand.algebra.order import Order
+from fxexpand.algebra.product import Product, product_of
+from fxexpand.algebra.refusal import Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """How the weights and biases of a chain give those of the one kernel that it is.
+
+    The numbers are those of ``compose_in``. That checks every pair at every call, and records a node for autograd at
+    every view; here one function stands for the whole, with derivatives written out, in about half the time for the
+    small weights that most layers have. All transforms of ``torch.func`` go through it, and second derivatives.
+
+    A kernel is known by its slot: those of the chain, then the results of the steps. ``sources`` has for each slot the
+    one whose bias it has: another's where a layer without bias comes first, None where there is none. ``given`` and
+    ``made`` are the slots with a bias of their own, of the chain and of the steps.
+    """
+
+    layers: int
+    steps: tuple[_Step, ...]
+    sources: tuple[int | None, ...]
+    given: tuple[int, ...]
+    made: tuple[int, ...]
+
+    @staticmethod
+    def of(order: Order, chain: Sequence[Kernel]) -> Composition | None:
+        """That of ``chain``, kernels with shapes at least, in ``order``.
+
+        None where kernels of different groups meet, which ``compose`` writes with equal ones first.
+        """
+        steps: list[_Step] = []
+        whole = _planned(order, chain, steps)
+        return None if whole is None else _laid_out(tuple(steps), [kernel.bias is not None for kernel in chain])
+
+    def __call__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the whole, from those of the layers."""
+        if not self.steps:
+            return weights[0], biases[0]
+        given = [bias for bias in biases if bias is not None]
+        if any((biases[slot] is None) != (source is None) for slot, source in enumerate(self.sources[: self.layers])):
+            return _laid_out(self.steps, [bias is not None for bias in biases])(weights, biases)
+        made = _Composed.apply(self, *weights, *given)
+        last = self.sources[-1]
+        if last is None or last < self.layers:
+            return made[len(self.steps) - 1], None if last is None else biases[last]
+        return made[len(self.steps) - 1], made[-1]
+
+    def inputs(self, tensors: Sequence[Tensor | None]) -> tuple[list[Any], dict[int | None, Any]]:
+        """The weights by slot and the biases by the slot that owns them, from those of the chain."""
+        return list(tensors[: self.layers]), dict(zip(self.given, tensors[self.layers :], strict=True))
+
+    def everything(self, tensors: Sequence[Tensor | None]) -> tuple[list[Any], dict[int | None, Any]]:
+        """The same for those of the chain and, after them, of the steps."""
+        inputs = self.layers + len(self.given)
+        weights, biases = self.inputs(tensors[:inputs])
+        weights += tensors[inputs : inputs + len(self.steps)]
+        return weights, biases | dict(zip(self.made, tensors[inputs + len(self.steps) :], strict=True))
+
+    def results(self, weights: list[Any], biases: dict[int | None, Any]) -> tuple[Any, ...]:
+        """The weights and biases of the steps."""
+        return (*weights[self.layers :], *(biases[slot] for slot in self.made))
+
+
+def _laid_out(steps: tuple[_Step, ...], biased: Sequence[bool]) -> Composition:
+    """The composition by ``steps`` of as many layers as ``biased`` has entries: whether each has a bias."""
+    sources = [slot if has_bias else None for slot, has_bias in enumerate(biased)]
+    given = tuple(slot for slot in sources if slot is not None)
+    for step in steps:
+        sources.append(sources[step.second] if sources[step.first] is None else len(sources))
+    made = tuple(slot for slot in range(len(biased), len(sources)) if sources[slot] == slot)
+    return Composition(len(biased), steps, tuple(sources), given, made)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Two kernels, by their position: those of the chain first, then the results of the steps before."""
+
+    first: int
+    second: int
+    product: Product
+    groups: int  # of the second
+
+    def bias(self, first: Tensor, weight: Tensor, second: Tensor | None) -> Tensor:
+        """b₂ + (Σ_u W₂) · b₁."""
+        total = self._total(weight)
+        if self.groups == 1:
+            return total @ first if second is None else torch.addmv(second, total, first)
+        # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
+        through = (grouped(total, self.groups) @ first.reshape(self.groups, -1, 1)).reshape(-1)
+        return through if second is None else through + second
+
+    def pull_bias(self, first: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients with respect to b₁ and W₂."""
+        g = gradient.reshape(self.groups, -1, 1)
+        before = (grouped(self._total(weight), self.groups).mT @ g).reshape(-1)
+        spread = (g @ first.reshape(self.groups, 1, -1)).reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
+        return before, spread.expand(weight.shape)
+
+    @staticmethod
+    def _total(weight: Tensor) -> Tensor:
+        """(n, c/G): the sum over all taps."""
+        taps = weight.shape[2:].numel()
+        return weight.flatten(1) if taps == 1 else weight.flatten(2).sum(2)
+
+
+class _Composed(torch.autograd.Function):
+    """The composition of a chain; its intermediate results are results too, so that second derivatives see them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(how: Composition, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = how.inputs(tensors)
+        for step in how.steps:
+            slot, second = len(weights), weights[step.second]
+            weights.append(step.product.weight(weights[step.first], second))
+            if how.sources[slot] == slot:
+                biases[slot] = step.bias(biases[how.sources[step.first]], second, biases.get(how.sources[step.second]))
+        return how.results(weights, biases)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.how = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_forward(*inputs[1:], *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        with exact_products(tensors[0].device.type):
+            return None, *_pulled(ctx.how, tensors, gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return _pushed(ctx.how, ctx.saved_tensors, tangents)
+
+
+# What apply() asks of every call; without the answer at hand it takes longer than a small product.
+_Composed.forward.__signature__ = inspect.signature(_Composed.forward)  # type: ignore[attr-defined]
+
+
+def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of what is given, from those of what is made."""
+    weights, biases = how.everything(tensors)
+    pulled, fallen = how.everything((*(None,) * (how.layers + len(how.given)), *gradients))
+    for slot, step in reversed(list(enumerate(how.steps, start=how.layers))):
+        first, second = weights[step.first], weights[step.second]
+        if pulled[slot] is not None:
+            before, after = step.product.pull(first, second, pulled[slot])
+            pulled[step.first], pulled[step.second] = _sum(pulled[step.first], before), _sum(pulled[step.second], after)
+        gradient = fallen.get(slot)
+        if gradient is not None:
+            source, beside = how.sources[step.first], how.sources[step.second]
+            before, after = step.pull_bias(biases[source], second, gradient)
+            fallen[source], pulled[step.second] = _sum(fallen[source], before), _sum(pulled[step.second], after)
+            if beside is not None:
+                fallen[beside] = _sum(fallen[beside], gradient)
+    return [*pulled[: how.layers], *(fallen[slot] for slot in how.given)]
+
+
+def _pushed(how: Composition, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The tangents of what is made, from those of what is given: the product rule."""
+    weights, biases = how.everything(tensors)
+    moved, risen = how.inputs(tangents)
+    for slot, step in enumerate(how.steps, start=how.layers):
+        first, second = weights[step.first], weights[step.second]
+        d_first, d_second = moved[step.first], moved[step.second]
+        by_first = None if d_first is None else step.product.weight(d_first, second)
+        moved.append(_sum(by_first, None if d_second is None else step.product.weight(first, d_second)))
+        if how.sources[slot] == slot:
+            source, d_beside = how.sources[step.first], risen.get(how.sources[step.second])
+            by_weight = None if d_second is None else step.bias(biases[source], d_second, d_beside)
+            rest = d_beside if by_weight is None else None
+            by_bias = rest if risen[source] is None else step.bias(risen[source], second, rest)
+            risen[slot] = _sum(by_weight, by_bias)
+    found = how.results(moved, risen)
+    made = how.results(weights, biases)
+    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(made, found, strict=True))
+
+
+def exact_products(device: str) -> AbstractContextManager[None]:
+    """No autocast: bfloat16 products would lose four digits."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _planned(order: Order, chain: Sequence[Kernel], steps: list[_Step]) -> tuple[int, Kernel] | None:
+    """(slot, kernel) of the chain composed in ``order``; its steps are added to ``steps``."""
+    if isinstance(order, int):
+        return order, chain[order]
+    first = _planned(order[0], chain, steps)
+    second = None if first is None else _planned(order[1], chain, steps)
+    if first is None or second is None:
+        return None
+    product, whole = product_of(first[1], second[1]), compose(first[1], second[1])
+    if product is None or isinstance(whole, Refusal):
+        return None
+    steps.append(_Step(first[0], second[0], product, second[1].groups))
+    return len(chain) + len(steps) - 1, whole
