@@ -1,4 +1,4 @@
-"""collapse: expansions run as one layer each; uncollapse: layer by layer again."""
+"""collapse: linear regions run as one layer each while they are trained; uncollapse: layer by layer again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from fxexpand.graph.chains import edits_of
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
-from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite, source_of
-from fxexpand.graph.trace import check_model
+from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, rewrite, source_of
+from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
+from fxexpand.regions.live_region import LiveRegion
+from fxexpand.regions.reading import Lifts, check_lifts
 from fxexpand.regions.shapes import Shapes, shapes_of
+from fxexpand.regions.training import LivePlan, StepCosts, plan_regions
 
 
-def collapse(model: nn.Module, *example_inputs: object) -> nn.Module:
-    """``model``, over the same parameters, with each expansion computed as the one layer that it makes up.
+def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = None) -> nn.Module:
+    """``model``, over the same parameters, with each linear region computed as the one layer that it makes up.
 
     Before:  y = conv.reduce(conv.kernel(conv.expand(x)))
     After:   y = conv(x), whose weight is composed of those of expand, kernel and reduce at each call
@@ -31,50 +34,52 @@ def collapse(model: nn.Module, *example_inputs: object) -> nn.Module:
     same, so an optimiser or a checkpoint of ``model`` fits the result, and the other way round. Training then costs
     nearly what the compact network costs: no wide activations are computed or kept.
 
+    Every expansion is a region. So is what ``fuse`` would merge: chains and branches of layers written by hand, with
+    batch norm and dropout as long as they are in eval mode. When one of those is in training mode at a call, the region
+    runs layer by layer at that call. Layers stay under their paths, and take part with the parameters that they have
+    then.
+
     Composing costs the same whatever the batch, the explicit layers' cost grows with it. With ``example_inputs``, the
-    arguments of ``model(...)`` as in training, each expansion takes the form that makes a step cheaper, by a model of
-    multiply-accumulates and memory (see ``StepCost``); without them all collapse.
+    arguments of ``model(...)`` as in training, each region takes the form that makes a step cheaper, by a model of
+    multiply-accumulates and memory (see ``StepCost``); without them all expansions collapse, and the regions in which
+    one layer needs no more multiply-accumulates. ``explain`` shows the costs.
 
     Composes in the dtype of the parameters with autocast off, and applies the result in autocast's. ``contract`` and
     ``fuse`` take the result as they take ``model``. An expansion stays as it is where something is between its layers,
-    or where they have hooks.
+    or where they have hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the
+    parameters that it has, differentiably.
 
-    Raises ``ExpansionError`` when nothing in the model was expanded, or nothing that was can be collapsed, and
-    ``FxExpandError`` when the model does not run on the inputs.
+    Raises ``ExpansionError`` when there is nothing in the model to collapse, and ``FxExpandError`` when the model does
+    not run on the inputs, or for ``lifts`` of another kind.
     """
     check_model(model, "collapse")
-    work = copy_model(model, share=True)
-    found = [module for module in work.modules() if isinstance(module, Expanded)]
-    if not found:
+    check_lifts(lifts, "collapse")
+    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
+    expansions, regions = plan_training(work, shapes_of(work, example_inputs, "collapse"), lifts)
+    planned = [entry.plan for entry in expansions if isinstance(entry.plan, _Plan)]
+    reasons = [f"{entry.path}: {entry.plan}" for entry in expansions if isinstance(entry.plan, Refusal)]
+    done = any(isinstance(module, (Collapsed, LiveRegion)) for module in work.modules())
+    if not (example_inputs or planned or regions or done):
+        if reasons:
+            raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
         raise ExpansionError(
-            "collapse: expected a model that fxexpand.expand has made, found no expanded layer in it. Expand it first."
+            "collapse: expected a model with linear layers in a row, found no expanded layer and no region in it that "
+            "one layer could compute. Expand it first; explain(model) tells what is in the way."
         )
-    shapes = shapes_of(work, example_inputs, "collapse")
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
-    reasons: list[str] = []
-    planned: list[_Plan] = []
-    for path, module in work.named_modules():
-        if isinstance(module, Expanded) and not isinstance(module, Collapsed) and id(module) not in inner:
-            plan = _plan(work, module, shapes)
-            if isinstance(plan, Refusal):
-                reasons.append(f"{path}: {plan}")
-            else:
-                planned.append(plan)
-    if reasons and not (example_inputs or planned):
-        raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
     for plan in planned:
         Collapsed.adopt(plan.expanded, plan.order)
-    rewrite(edit for plan in planned for edit in plan.edits)
+    edits = [edit for plan in planned for edit in plan.edits]
+    rewrite([*edits, *(_placed(plan) for plan in regions if plan.costs is None or plan.costs.dearer is None)])
     return work
 
 
 def uncollapse(model: nn.Module) -> nn.Module:
-    """``model``, over the same parameters, with its collapsed expansions computed layer by layer: undoes ``collapse``.
+    """``model``, over the same parameters, with its collapsed regions computed layer by layer: undoes ``collapse``.
 
     Before:  y = conv(x)
     After:   y = conv.reduce(conv.kernel(conv.expand(x)))
 
-    A model without collapsed expansions comes back as a copy. Raises ``ExpansionError`` for what is no module.
+    A model without collapsed regions comes back as a copy. Raises ``ExpansionError`` for what is no module.
     """
     check_model(model, "uncollapse")
     work = copy_model(model, share=True)
@@ -83,16 +88,27 @@ def uncollapse(model: nn.Module) -> nn.Module:
 
 
 def release_all(work: nn.Module) -> None:
-    """Make the collapsed expansions of ``work`` explicit layers, in its graphs too."""
-    edits: list[Edit] = []
-    for module in work.modules():
-        if isinstance(module, Collapsed):
-            for gm in _graphs(work):
-                edits += [_opened(gm, node, module) for node in _calls(gm, module)]
-    for module in list(work.modules()):
-        if isinstance(module, Collapsed):
-            module.release()
+    """Make the collapsed regions of ``work`` explicit layers, in its graphs too."""
+    release_regions(work)
+    collapsed = [module for module in work.modules() if isinstance(module, Collapsed)]
+    edits = [_opened(gm, node, module) for module in collapsed for gm in _graphs(work) for node in _calls(gm, module)]
+    for module in collapsed:
+        module.release()
     rewrite(edits)
+
+
+def release_regions(work: nn.Module) -> None:
+    """The same for the regions that are no expansions."""
+    regions = [module for module in work.modules() if isinstance(module, LiveRegion)]
+    rewrite(
+        Edit(gm, (node,), (RecordStep(region.record),))
+        for region in regions
+        for gm in _graphs(work)
+        for node in _calls(gm, region)
+    )
+    for owner in list(work.modules()) if regions else ():
+        for name in [name for name, child in owner._modules.items() if isinstance(child, LiveRegion)]:
+            del owner._modules[name]
 
 
 @dataclass(frozen=True)
@@ -102,35 +118,67 @@ class _Plan:
     edits: tuple[Edit, ...]
 
 
-def _plan(work: nn.Module, expanded: Expanded, shapes: Shapes) -> _Plan | Refusal:
+@dataclass(frozen=True)
+class PlannedExpansion:
+    """The expansion at ``path``: how it collapses or why it does not; the costs, where example inputs tell them."""
+
+    path: str
+    plan: _Plan | Refusal
+    costs: StepCosts | None
+
+
+def plan_training(
+    work: nn.Module, shapes: Shapes, lifts: Lifts | None
+) -> tuple[list[PlannedExpansion], list[LivePlan]]:
+    """What can run as one layer in ``work``: its expansions, and the other regions of its graphs."""
+    found = [module for module in work.modules() if isinstance(module, Expanded)]
+    inner = {id(child) for module in found for child in module.modules() if child is not module}
+    expansions = [
+        _plan(path, work, module, shapes)
+        for path, module in work.named_modules()
+        if isinstance(module, Expanded) and not isinstance(module, Collapsed) and id(module) not in inner
+    ]
+    return expansions, list(plan_regions(work, shapes, lifts or {}))
+
+
+def _plan(path: str, work: nn.Module, expanded: Expanded, shapes: Shapes) -> PlannedExpansion:
     """How ``expanded`` is called as one layer in all graphs of ``work``, or why it stays as it is."""
     if has_hooks(expanded):
-        return Refusal("it has forward or backward hooks")
+        return PlannedExpansion(path, Refusal("it has forward or backward hooks"), None)
     order = Collapsed.order_of(expanded)
     if isinstance(order, Refusal):
-        return order
+        return PlannedExpansion(path, order, None)
     edits: list[Edit] = []
     for gm in _graphs(work):
         for found in edits_of(gm, expanded, ModuleStep):
             if isinstance(found, Refusal):
-                return found
+                return PlannedExpansion(path, found, None)
             edits.append(found)
     sources = [source_of(edit.nodes[0]) for edit in edits]
-    refusal = _dearer(expanded, order, [shapes[source] for source in sources if source in shapes])
-    return refusal or _Plan(expanded, order, tuple(edits))
+    costs = _costs(expanded, order, [shapes[source] for source in sources if source in shapes])
+    refusal = None if costs is None else costs.dearer
+    return PlannedExpansion(path, refusal or _Plan(expanded, order, tuple(edits)), costs)
 
 
-def _dearer(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> Refusal | None:
-    """Whether composing costs more than it saves, for inputs of these shapes; without any it is taken to save."""
-    explicit, collapsed = StepCost(), StepCost()
+def _costs(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> StepCosts | None:
+    """What a step costs for inputs of these shapes; None without any."""
+    total = StepCosts(StepCost(), StepCost())
     d = expanded.origin.geometry.dims
     for shape in inputs:
         batch = prod(shape[:-1]) if d == 0 else prod(shape[: -d - 1])
-        costs = Collapsed.step_costs(expanded, order, shape[len(shape) - d :] if d else (), batch)
-        explicit, collapsed = explicit + costs[0], collapsed + costs[1]
-    if collapsed.total <= explicit.total:
-        return None
-    return Refusal(f"a step would take {collapsed.total / explicit.total:.1f} times as long as layer by layer")
+        total += StepCosts(*Collapsed.step_costs(expanded, order, shape[len(shape) - d :] if d else (), batch))
+    return total if inputs else None
+
+
+def _placed(plan: LivePlan) -> Edit:
+    """Give the region its place in the graph module; the edit that calls it."""
+    gm, stretch = plan.reading.gm, plan.merge.stretch
+    name = f"collapsed_{stretch.last.name}"
+    while hasattr(gm, name):
+        name += "_"
+    gm.add_module(name, plan.region)
+    plan.region.train(gm.training)
+    return Edit(gm, stretch.nodes, (ModuleStep(name),), source=stretch.source, constants=plan.constants)
 
 
 def _opened(gm: fx.GraphModule, node: fx.Node, expanded: Expanded) -> Edit:

@@ -20,6 +20,7 @@ from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import replace_modules
+from fxexpand.passes.collapse import release_regions
 
 
 def contract(model: nn.Module) -> nn.Module:
@@ -48,6 +49,7 @@ def contract(model: nn.Module) -> nn.Module:
             "Pass the expanded model itself; fusing layers that were never expanded is another pass."
         )
     work = copy_model(model, share=False)
+    release_regions(work)
     while expansions := _innermost(work):
         plans = [_plan(work, path, expanded) for path, expanded in expansions.items()]
         work = _install(work, plans)

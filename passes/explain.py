@@ -1,28 +1,35 @@
-"""explain: what fuse merges, and why it leaves the rest alone."""
+"""explain: what fuse merges, why it leaves the rest alone, and what collapse does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import is_layer
+from fxexpand.graph.trace import Limits, open_up
+from fxexpand.graph.traced import copy_model
 from fxexpand.graph.uses import running
+from fxexpand.passes.collapse import plan_training, release_all
 from fxexpand.passes.fuse import plan_all, prepared
-from fxexpand.regions.explanation import Explanation, Merged, Refused
+from fxexpand.regions.explanation import Explanation, Merged, Refused, Trained
 from fxexpand.regions.install import MERGED, label, paths_of
 from fxexpand.regions.plan import Plan
 from fxexpand.regions.reading import Lifts, Reading
 from fxexpand.regions.shapes import shapes_of
+from fxexpand.regions.training import StepCosts
 
 
 def explain(
     model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None
 ) -> Explanation:
-    """What ``fuse`` with the same arguments merges in ``model``, and what it has merged already; the model stays.
+    """What ``fuse`` with the same arguments merges in ``model``, and has merged already, and what ``collapse`` does.
 
     ``.merged`` has an entry for each new layer, ``.refused`` one for each linear node that is left alone, with the
-    reason. ``str()`` is a table.
+    reason. ``.trained`` has an entry for each expansion, and in training mode for each region written by hand, that
+    ``collapse`` with the same inputs can run as one layer: both costs, where inputs are given. ``str()`` is a table.
 
     Raises ``FxExpandError`` as ``fuse`` does.
     """
@@ -36,7 +43,29 @@ def explain(
         prefix = prefixes[id(reading.gm)]
         merged += _merged(reading, plan, prefix, paths)
         refused += _refused(reading, plan, prefix)
-    return Explanation(tuple(merged), (*refused, *_without_graph(work)))
+    return Explanation(tuple(merged), (*refused, *_without_graph(work)), tuple(_trained(model, example_inputs, lifts)))
+
+
+def _trained(model: nn.Module, example_inputs: tuple[object, ...], lifts: Lifts | None) -> Iterator[Trained]:
+    """What ``collapse`` does; for a model in eval mode without expansions that is nobody's question."""
+    if not model.training and not any(isinstance(module, Expanded) for module in model.modules()):
+        return
+    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
+    release_all(work)
+    expansions, regions = plan_training(work, shapes_of(work, example_inputs, "explain"), lifts)
+    for entry in expansions:
+        reason = str(entry.plan) if isinstance(entry.plan, Refusal) else ""
+        yield Trained(entry.path, (), _totals(entry.costs), reason)
+    prefixes = {id(module): path for path, module in work.named_modules()}
+    for region in regions if model.training else ():
+        prefix = prefixes[id(region.reading.gm)]
+        names = tuple(_join(prefix, label(node)) for node in region.merge.stretch.nodes)
+        dearer = None if region.costs is None else region.costs.dearer
+        yield Trained(names[-1], names, _totals(region.costs), "" if dearer is None else str(dearer))
+
+
+def _totals(costs: StepCosts | None) -> tuple[int, int] | None:
+    return None if costs is None else (costs.explicit.total, costs.collapsed.total)
 
 
 def _without_graph(work: nn.Module) -> list[Refused]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,7 +25,7 @@ from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Plan, Planner
 from fxexpand.regions.reach import Reach
-from fxexpand.regions.reading import Lifts, Reading
+from fxexpand.regions.reading import Lifts, Reading, check_lifts
 from fxexpand.regions.shapes import shapes_of
 
 
@@ -98,15 +96,7 @@ def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.
     check_model(model, task, FxExpandError)
     if when not in ("cheaper", "always"):
         raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
-    if not isinstance(lifts or {}, Mapping):
-        raise FxExpandError(f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {lifts!r}.")
-    entries: Iterable[tuple[Any, Any]] = (lifts or {}).items()
-    for cls, lift in entries:
-        if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and callable(lift)):
-            raise FxExpandError(
-                f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found {cls!r}: {lift!r}. "
-                "Give the class of the module, and a function."
-            )
+    check_lifts(lifts, task)
     work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ()), evaluated=True))
     release_all(work)
     return work

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fxexpand.algebra.combine import add, concatenate, scaled
 from fxexpand.algebra.compose import compose, compose_rounded
 from fxexpand.algebra.cost import macs
-from fxexpand.algebra.kernel import Ints, Kernel, Sides, with_groups
+from fxexpand.algebra.kernel import Ints, Kernel, Sides, pad_amounts, with_groups
 from fxexpand.algebra.refusal import Refusal
 
 
@@ -73,10 +75,27 @@ class Affine:
             return self.kernel.weight.numel() * prod(size)
         return max(macs(self.kernel, self._padded(size)), self.kernel.weight.numel())
 
+    def apply(self, x: Tensor) -> Tensor:
+        """y for x of shape (batch, m, *size), or (*, m) when there are no spatial axes."""
+        if self.border is not None:
+            x = F.pad(x, pad_amounts(self.border.sides), mode=self.border.mode)
+        if self.transposed is None:
+            return self.kernel.apply(x)
+        t, convolve = self.transposed, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
+        weight, groups = transposed_weight(self.kernel), self.kernel.groups
+        y: Tensor = convolve(x, weight, self.kernel.bias, t.stride, t.padding, t.output_padding, groups, t.dilation)
+        return y
+
     def _padded(self, size: Ints) -> Ints:
         if self.border is None:
             return size
         return tuple(length + sum(sides) for length, sides in zip(size, self.border.sides, strict=True))
+
+
+def transposed_weight(kernel: Kernel) -> Tensor:
+    """What a transposed convolution takes for its weight: (n, m / g, *k) -> (m, n / g, *k)."""
+    swapped: Tensor = kernel.weight.unflatten(0, (kernel.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return swapped
 
 
 def identity(dims: int, channels: int, dtype: torch.dtype = torch.float64) -> Affine:

@@ -23,8 +23,8 @@ class Composition:
     """How the weights and biases of a chain give those of the one kernel that it is.
 
     The numbers are those of ``compose_in``. That checks every pair at every call, and records a node for autograd at
-    every view; here one function stands for the whole, with derivatives written out, in about half the time for the
-    small weights that most layers have. All transforms of ``torch.func`` go through it, and second derivatives.
+    every view, which for small weights costs more than the products; here one function stands for the whole, with its
+    derivatives written out. All transforms of ``torch.func`` go through it, and second derivatives.
 
     A kernel is known by its slot: those of the chain, then the results of the steps. ``sources`` has for each slot the
     one whose bias it has: another's where a layer without bias comes first, None where there is none. ``given`` and

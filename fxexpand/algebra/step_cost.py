@@ -44,27 +44,36 @@ class StepCost:
         return self.macs + terms
 
 
+def applied_step(layer: Affine, size: Ints, batch: int) -> StepCost:
+    """The cost of applying one layer to ``batch`` signals of spatial size ``size``."""
+    outputs = layer.kernel.out_channels * prod(layer.output_size(size)) * batch
+    # Backward multiplies twice: for the gradient of the input, and of the weight.
+    return StepCost(3 * layer.macs(size) * batch, outputs, layer.kernel.weight.numel(), 1)
+
+
 def explicit_step(chain: Sequence[Kernel], size: Ints, batch: int) -> StepCost:
-    """The cost of applying the layers in turn to ``batch`` signals of spatial size ``size``."""
+    """The cost of applying the layers in turn."""
     cost = StepCost()
     for kernel in chain:
-        macs = Affine(kernel).macs(size) * batch
+        cost += applied_step(Affine(kernel), size, batch)
         size = kernel.output_size(size)
-        # Backward multiplies twice: for the gradient of the input, and of the weight.
-        outputs = kernel.out_channels * prod(size) * batch
-        cost += StepCost(3 * macs, outputs, kernel.weight.numel(), 1)
     return cost
 
 
 def collapsed_step(order: Order, chain: Sequence[Kernel], size: Ints, batch: int) -> StepCost:
     """The cost of composing the layers in ``order``, and applying the result once."""
-    cost, whole = _composed(order, chain)
+    _, whole = _composed(order, chain)
     if isinstance(whole, Refusal):
         raise ValueError(f"the chain is no one layer: {whole}")
-    outputs = whole.out_channels * prod(whole.output_size(size)) * batch
+    applied = applied_step(Affine(whole), size, batch)
+    return composed_step(order, chain) + StepCost(applied.macs, applied.activations)
+
+
+def composed_step(order: Order, chain: Sequence[Kernel]) -> StepCost:
+    """The cost of composing the layers in ``order``."""
     weights = sum(kernel.weight.numel() for kernel in chain)
     # An operation for each layer's weight, for its bias, and for the gradients of both.
-    return cost + StepCost(3 * Affine(whole).macs(size) * batch, outputs, weights, 3 * len(chain))
+    return _composed(order, chain)[0] + StepCost(0, 0, weights, 3 * len(chain))
 
 
 def _composed(order: Order, chain: Sequence[Kernel]) -> tuple[StepCost, Kernel | Refusal]:

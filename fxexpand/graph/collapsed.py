@@ -15,6 +15,7 @@ from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
+from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import lift_bare
 
 
@@ -25,7 +26,7 @@ class Collapsed(Expanded):
 
     The same children, parameters and ``state_dict`` keys, the same gradients, and no wide activations. It composes in
     the dtype of the parameters, also under autocast, and never keeps the result: weights may change in ways that no
-    version counter sees.
+    version counter sees. As soon as a layer has hooks, which composing would not call, the layers run in turn.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
@@ -72,8 +73,12 @@ class Collapsed(Expanded):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         geometry = self.origin.geometry
+        layers = [self._at(names) for names, *_ in self._recipe]
+        if any(map(has_hooks, layers)):
+            found: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+            return found
         with exact_products(input.device.type):
-            weight, bias = self._composed()
+            weight, bias = self._composed(layers)
         if geometry.dims == 0:
             return F.linear(input, weight, bias)
         padding = tuple(before for before, _ in geometry.padding)
@@ -83,8 +88,7 @@ class Collapsed(Expanded):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[geometry.dims - 1]
         return convolve(input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
 
-    def _composed(self) -> tuple[Tensor, Tensor | None]:
-        layers: list[Any] = [self._at(names) for names, *_ in self._recipe]
+    def _composed(self, layers: list[Any]) -> tuple[Tensor, Tensor | None]:
         # A compiler sees through the checks, and through plain operations better than through a function of ours.
         if self._composition is not None and not torch.compiler.is_compiling():
             return self._composition([layer.weight for layer in layers], [layer.bias for layer in layers])

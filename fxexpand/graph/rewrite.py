@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
+
+from fxexpand.graph.record import Record
 
 # What FX passes record of a node's value; it does not hold for the values inside an expansion.
 _VALUE_META = frozenset({"val", "tensor_meta", "example_value", "type"})
@@ -29,6 +31,16 @@ class FunctionStep:
 
 
 @dataclass(frozen=True)
+class RecordStep:
+    """Put the nodes of a record back, to read the value before."""
+
+    record: Record
+
+
+EditStep: TypeAlias = "ModuleStep | FunctionStep | RecordStep"
+
+
+@dataclass(frozen=True)
 class Edit:
     """Replace ``nodes``, in the order of the graph, by ``steps`` on the value of ``source``.
 
@@ -40,7 +52,7 @@ class Edit:
 
     graph_module: fx.GraphModule
     nodes: tuple[fx.Node, ...]
-    steps: tuple[ModuleStep | FunctionStep, ...]
+    steps: tuple[EditStep, ...]
     source: fx.Node | None = None
     constants: frozenset[fx.Node] = frozenset()
     meta: Mapping[str, object] = field(default_factory=dict)
@@ -98,7 +110,9 @@ def source_of(node: fx.Node) -> fx.Node:
     return value
 
 
-def _emit(graph: fx.Graph, value: fx.Node, step: ModuleStep | FunctionStep) -> fx.Node:
+def _emit(graph: fx.Graph, value: fx.Node, step: EditStep) -> fx.Node:
+    if isinstance(step, RecordStep):
+        return step.record.emit(graph, value)
     if isinstance(step, ModuleStep):
         return graph.call_module(step.path, (value,))
     tensors = [None if path is None else graph.get_attr(path) for path in step.attributes]

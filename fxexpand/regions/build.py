@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from fxexpand.algebra.affine import Affine, pads_itself, without_groups
+from fxexpand.algebra.affine import Affine, pads_itself, transposed_weight, without_groups
 from fxexpand.algebra.kernel import Sides, pad_amounts
 from fxexpand.graph.rewrite import FunctionStep
 
@@ -33,7 +33,7 @@ def layer_of(affine: Affine, flags: Flags, *, copy: bool) -> tuple[FunctionStep 
     Without ``copy`` it takes the tensors of ``affine`` for its own where they fit.
     """
     kernel = without_groups(affine).kernel
-    weight = kernel.weight if affine.transposed is None else _swapped(kernel.weight, kernel.groups)
+    weight = kernel.weight if affine.transposed is None else transposed_weight(kernel)
     mode, sides = ("zeros", kernel.padding) if affine.border is None else (affine.border.mode, affine.border.sides)
     own = pads_itself(affine)
     layer = _blank(affine, mode, sides if own else ((0, 0),) * affine.dims)
@@ -78,12 +78,6 @@ def _uninitialized(cls: type[nn.Module], *arguments: Any, **settings: Any) -> nn
     layer: nn.Module = bare(*arguments, device="meta", **settings)
     layer.__class__ = cls
     return layer
-
-
-def _swapped(weight: Tensor, groups: int) -> Tensor:
-    """(n, m / g, *k) -> (m, n / g, *k)"""
-    swapped: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return swapped
 
 
 def _padding(mode: str, sides: Sides) -> FunctionStep:

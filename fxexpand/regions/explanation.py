@@ -37,11 +37,35 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A region that can run as one layer while it is trained: an expansion, or ``nodes`` that were written by hand.
+
+    ``costs`` are those of a training step, layer by layer and as one layer, in multiply-accumulates that take as long;
+    None without example inputs. ``reason`` says why it stays as it is; without one, ``collapse`` collapses it.
+    """
+
+    path: str
+    nodes: tuple[str, ...] = ()
+    costs: tuple[int, int] | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """``conv1: collapsed (one layer costs 0.12 times as much: 3,100,000 instead of 26,000,000)``."""
+        of = f" <- {' + '.join(self.nodes)}" if self.nodes else ""
+        if self.costs is None:
+            return f"{self.path}{of}: {self.reason or 'collapsed'}"
+        explicit, one = self.costs
+        costs = f"one layer costs {one / explicit:.2f} times as much: {one:,} instead of {explicit:,}"
+        return f"{self.path}{of}: {self.reason or 'collapsed'} ({costs})"
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """What ``fuse`` merges in a model and what it leaves alone. ``str()`` is a table."""
+    """What ``fuse`` merges in a model and what it leaves alone, and what ``collapse`` does. ``str()`` is a table."""
 
     merged: tuple[Merged, ...]
     refused: tuple[Refused, ...]
+    trained: tuple[Trained, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.merged)} merged"]
@@ -49,6 +73,11 @@ class Explanation:
         lines += [f"  {entry.path:<{width}} <- {' + '.join(entry.nodes)}{_saving(entry)}" for entry in self.merged]
         lines.append(f"{len(self.refused)} left alone")
         lines += [f"  {entry}" for entry in self.refused]
+        if self.trained:
+            lines.append(
+                f"{sum(not entry.reason for entry in self.trained)} of {len(self.trained)} collapse in training"
+            )
+            lines += [f"  {entry}" for entry in self.trained]
         return "\n".join(lines)
 
 

@@ -48,13 +48,20 @@ def batch_norm_map(
             f"it normalises axis 1 of its input{where}, and a linear layer works on the last axis: they are the same "
             f"where there are two axes only; {PASS_INPUTS}"
         )
-    scale = (var.double() + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -mean.double() * scale
-    if bias is not None:
-        shift = shift + bias.detach().double()
+    factor, term = (None if tensor is None else tensor.detach().double() for tensor in (weight, bias))
+    scale, shift = normalizing(mean.double(), var.double(), factor, term, eps)
     return depthwise(scale, shift, dims)
+
+
+def normalizing(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of batch norm with running statistics, a number a channel each."""
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
 
 
 def average(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -23,6 +24,18 @@ from fxexpand.regions.shapes import Shapes
 
 # What the user says that modules do.
 Lifts: TypeAlias = "Mapping[type[nn.Module], Callable[[Any], Kernel]]"
+
+
+def check_lifts(lifts: Lifts | None, task: str) -> None:
+    """Raise ``FxExpandError`` for anything but a mapping of classes of modules to functions."""
+    expected = f"{task}: expected lifts={{SomeModule: module -> Kernel}}, found"
+    if not isinstance(lifts or {}, Mapping):
+        raise FxExpandError(f"{expected} {lifts!r}.")
+    entries: Iterable[tuple[Any, Any]] = (lifts or {}).items()
+    for cls, lift in entries:
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and callable(lift)):
+            raise FxExpandError(f"{expected} {cls!r}: {lift!r}. Give the class of the module, and a function.")
+
 
 # The extent of an axis where no example says it: costs are compared, and differ by the strides alone.
 NOMINAL = 64
@@ -57,13 +70,14 @@ class Reading:
         self.gm = gm
         self._reach = reach
         self.shapes = shapes
+        self._lifts = lifts
         self._exact = exact or {}
         self.effects = Effects(gm)
         self.constants = Constants(gm, self.effects.changed())
         self._calls = Calls(self.constants, self.effects)
         self.parts: dict[fx.Node, Unary | Join | Refusal] = {}
         for node in gm.graph.nodes:
-            lifted = self._lift(node, lifts)
+            lifted = self._lift(node)
             if lifted is not None:
                 self.parts[node] = lifted
         self.signals = _signals(self)
@@ -127,7 +141,11 @@ class Reading:
             return found.output_size(self.size(source, found.dims))
         return self.size(source, dims)
 
-    def _lift(self, node: fx.Node, lifts: Lifts) -> Lifted:
+    def lift_of(self, module: nn.Module) -> Callable[[Any], Kernel] | None:
+        """What the user says that ``module`` does, if anything."""
+        return next((lift for cls, lift in self._lifts.items() if isinstance(module, cls)), None)
+
+    def _lift(self, node: fx.Node) -> Lifted:
         if node in self.constants:
             return None
         if node.op in ("call_function", "call_method"):
@@ -142,9 +160,9 @@ class Reading:
             return Refusal("code that has no graph may run through the modules beside it, and would find others")
         if any(map(self.constants.changes, (*module.parameters(), *module.buffers()))):
             return Refusal("the graph changes its weight or statistics in place")
-        for cls, lift in lifts.items():
-            if isinstance(module, cls):
-                return lift_as(module, _lifted_by_user(lift, module, str(node.target)), source)
+        lift = self.lift_of(module)
+        if lift is not None:
+            return lift_as(module, _lifted_by_user(lift, module, str(node.target)), source)
         lifted = lift_module(module, source)
         exact = self._exact.get(id(module))
         return replace(lifted, make=lambda _: exact) if exact is not None and isinstance(lifted, Unary) else lifted

@@ -122,9 +122,11 @@ def map_between(reading: Reading, stretch: Stretch, device: torch.device | None 
     return maps[stretch.last]
 
 
-def map_of_parts(reading: Reading, parts: Sequence[Stretch], order: Order) -> Affine | Refusal | None:
-    """The map of ``parts`` in turn, composed in ``order``, in float64."""
-    device = _device(reading, parts)
+def map_of_parts(
+    reading: Reading, parts: Sequence[Stretch], order: Order, *, sketch: bool = False
+) -> Affine | Refusal | None:
+    """The map of ``parts`` in turn, composed in ``order``, in float64; or a sketch of it without its numbers."""
+    device = None if sketch else _device(reading, parts)
 
     def composed(order: Order) -> Affine | Refusal | None:
         if isinstance(order, int):
