@@ -69,7 +69,8 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factor: Tensor = self.factor.reshape(-1, 1, 1)
-        return x * factor if x.sum() > 0 else factor * x
+        scaled: Tensor = x * factor if x.sum() > 0 else factor * x
+        return scaled
 
 
 def twice(module: Twice) -> Kernel:
@@ -321,7 +322,8 @@ def test_what_code_makes_of_parameters_stays() -> None:
             self.gain = nn.Parameter(torch.ones(4, 1, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) * self.gain
+            scaled: Tensor = self.conv(x) * self.gain
+            return scaled
 
     with pytest.raises(ExpansionError):
         collapse(Scaled())
