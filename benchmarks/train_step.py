@@ -7,7 +7,7 @@ one network alone (on CUDA, of the allocator). All networks get contiguous input
 Expected: the explicit chain costs several times the compact network. Collapsed it costs the compact step and the
 composition, the multiply-accumulates of which are shown as the floor: what no order of products saves.
 
-Run as ``python -m benchmarks.train_step [--rounds N] [--device cuda] [--compile] [--json FILE]``.
+Run as ``python -m benchmarks.train_step [--rounds N] [--device cuda] [--compile] [--json FILE] [--plot FILE]``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fxexpand
@@ -36,6 +37,8 @@ from fxexpand.graph.collapsed import Collapsed
 from fxexpand.strategies import Strategy
 
 CLASSES = 10
+COLORS, MARKERS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), "sodv"
+TICKS = (0.8, 1, 1.25, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,31 @@ def _floor(setting: Setting, model: nn.Module) -> float:
     return 1 + composing / (3 * whole * setting.shape[0])
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the step time of each form beside the compact network's, with the quartiles of the rounds."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    names = [
+        name for name in dict.fromkeys(row["form"] for row in rows) if name not in ("compact", "compact, compiled")
+    ]
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(networks)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        points = [row for row in rows if row["form"] == name]
+        heights = [-networks.index(row["network"]) - 0.6 * number / len(names) for row in points]
+        spread = [[abs(row["ratio"] - row["quartiles"][side]) for row in points] for side in (0, 1)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        ratios = [row["ratio"] for row in points]
+        axes.errorbar(ratios, heights, xerr=spread, label=name, color=color, fmt=marker, capsize=2)
+    axes.set_yticks([-i - 0.25 for i in range(len(networks))], networks, fontsize="small")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.set_xlabel("time of a training step beside the compact network's (quartiles of the rounds)")
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=len(names))
+    figure.savefig(path)
+
+
 def _seconds(call: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -203,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="also compact and collapsed under torch.compile")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios into this file (PNG, PDF or SVG)")
     parser.add_argument("--only", default="", help="networks whose name contains this")
     given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
@@ -222,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{row['ratio']:>6.3f} {low:>6.3f}-{high:<6.3f} {memory:>6} {floor:>6}",
                 flush=True,
             )
+    if given.plot:
+        plot(rows, given.plot)
     if given.json:
         given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1), encoding="utf-8")
 

@@ -46,6 +46,11 @@ def product_of(first: Kernel, second: Kernel) -> Product | None:
     return Spread.of(first, second)
 
 
+def elements_turned(first: Kernel, second: Kernel) -> int:
+    """How many elements of W₂ are moved before and after the product, besides being multiplied."""
+    return second.weight.numel() if _few(second.weight) and isinstance(product_of(first, second), PointwiseFirst) else 0
+
+
 def tap_spacing(first: Kernel, second: Kernel) -> Ints:
     """The distance between neighbouring taps of the composition: gcd(δ₁, s₁·δ₂), of those that have two taps."""
     found = []
