@@ -43,11 +43,12 @@ class SiteSetting:
     n: int
     size: int
     batch: int
+    stride: int = 1
 
     def layer(self) -> nn.Module:
         if self.kernel == 0:
             return nn.Linear(self.m, self.n)
-        return nn.Conv2d(self.m, self.n, self.kernel, padding=self.kernel // 2)
+        return nn.Conv2d(self.m, self.n, self.kernel, stride=self.stride, padding=self.kernel // 2)
 
     def shape(self) -> tuple[int, ...]:
         """Of the input, without the batch."""
@@ -55,7 +56,8 @@ class SiteSetting:
 
     def __str__(self) -> str:
         kernel = f"{self.kernel}×{self.kernel}" if self.kernel else "linear"
-        return f"{self.strategy} {kernel} {self.m}->{self.n} at {self.size}, batch {self.batch}"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        return f"{self.strategy} {kernel} {self.m}->{self.n} at {self.size}{stride}, batch {self.batch}"
 
 
 _CL = [
@@ -80,6 +82,20 @@ _CK = [
     (5, 128, 128, 4, 4),
 ]
 _FC = [(3, 4, 512, 64, 128), (3, 4, 512, 64, 4), (2, 2, 512, 512, 16), (2, 2, 1024, 1024, 8), (2, 2, 1024, 1024, 256)]
+# The convolutions of ResNet-18 that CL reaches: kernel, m, n, size for images of 32, stride.
+_RESNET = [
+    *[(7, 3, 64, 32, 2), (3, 64, 64, 8, 1), (3, 64, 128, 8, 2), (3, 128, 128, 4, 1)],
+    *[(3, 128, 256, 4, 2), (3, 256, 256, 2, 1), (3, 256, 512, 2, 2), (3, 512, 512, 1, 1)],
+]
+
+
+def resnet_settings() -> list[SiteSetting]:
+    """The layers of ResNet-18, 16 images of 64 and of 224 pixels."""
+    return [
+        SiteSetting(CL(2), k, m, n, size * pixels // 32, 16, stride)
+        for pixels in (64, 224)
+        for k, m, n, size, stride in _RESNET
+    ]
 
 
 def settings() -> list[SiteSetting]:
@@ -87,7 +103,7 @@ def settings() -> list[SiteSetting]:
     found = [SiteSetting(CL(rate), k, m, n, size, batch) for rate, k, m, n, size, batch in _CL]
     found += [SiteSetting(CK(4), k, m, n, size, batch) for k, m, n, size, batch in _CK]
     found += [SiteSetting(FC(rate, depth), 0, m, n, 0, batch) for depth, rate, m, n, batch in _FC]
-    return found
+    return found + resnet_settings()
 
 
 def measure(setting: SiteSetting, rounds: int) -> dict[str, Any]:

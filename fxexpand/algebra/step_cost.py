@@ -13,9 +13,9 @@ from fxexpand.algebra.order import Order, composition_work
 from fxexpand.algebra.refusal import Refusal
 
 # Multiply-accumulates that take as long as one element of an activation, one of a weight, and one operation. Fitted
-# (non-negative least squares of relative errors) to the times of 31 chains on one core of a Xeon with AVX-512, from
-# 0.1 to 460 ms a step; benchmarks/collapse_sites.py measures and fits them again.
-_ACTIVATION, _WEIGHT, _OPERATION = 410, 68, 3_200_000
+# (non-negative least squares of relative errors) to the times of 47 layers on one core of a Xeon with AVX-512, from
+# 0.2 to 1,100 ms a step; benchmarks/collapse_sites.py measures and fits them again.
+_ACTIVATION, _WEIGHT, _OPERATION = 590, 84, 4_400_000
 
 
 @dataclass(frozen=True)

@@ -141,22 +141,24 @@ def _costs(reading: Reading, merge: Merge, order: Order, chain: list[Kernel], wh
     shape = reading.shapes.get(source)
     if shape is None:
         return None
+    batch = prod(shape[: len(shape) - 1 - whole.dims])
     explicit, branches = StepCost(), StepCost()
     for node in merge.stretch.nodes:
-        explicit += _step_of(reading, node)
+        explicit += _step_of(reading, node, batch)
         part = reading.part(node)
         if isinstance(part, Join):
             # Its branches are laid out alike and added, forward and backward.
             branches += StepCost(0, 0, 2 * len(part.sources) * whole.kernel.weight.numel(), 3 * len(part.sources))
-    size, batch = shape[len(shape) - whole.dims :], prod(shape[: -1 - whole.dims])
-    return StepCosts(explicit, branches + composed_step(order, chain) + applied_step(whole, size, batch))
+    applied = applied_step(whole, reading.size(source, whole.dims), batch)
+    return StepCosts(explicit, branches + composed_step(order, chain) + applied)
 
 
-def _step_of(reading: Reading, node: fx.Node) -> StepCost:
+def _step_of(reading: Reading, node: fx.Node, batch: int) -> StepCost:
     """The cost of one node as it stands."""
-    part, shape = reading.part(node), reading.shapes.get(node, ())
-    found = reading.sketch_of(node) if isinstance(part, Unary) else None
-    if not isinstance(found, Affine) or not isinstance(part, Unary):
-        return StepCost(0, prod(shape), 0, 1) if isinstance(part, Join) else StepCost()
-    source = reading.shapes.get(part.source, ())
-    return applied_step(found, source[len(source) - found.dims :], prod(source[: -1 - found.dims]))
+    part = reading.part(node)
+    if isinstance(part, Join):
+        return StepCost(0, prod(reading.shapes.get(node, ())), 0, 1)
+    found = reading.sketch_of(node) if part is not None else None
+    if part is None or not isinstance(found, Affine):
+        return StepCost()
+    return applied_step(found, reading.size(part.source, found.dims), batch)

@@ -288,7 +288,7 @@ def test_it_composes_in_the_dtype_of_the_parameters_under_autocast() -> None:
 
 
 def test_half_precision_with_a_gradient_scaler() -> None:
-    start, images, labels = small().float(), torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+    start, images, labels = small().float(), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
 
     def moved(model: nn.Module, *, half: bool) -> list[Tensor]:
         """By how much three steps move the parameters."""

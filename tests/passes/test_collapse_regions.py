@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
@@ -175,15 +175,18 @@ def after(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 @given(linear_graphs.cases(), st.booleans())
 def test_random_graphs(case: linear_graphs.Case, informed: bool) -> None:
     try:
+        expected = after(copy.deepcopy(case.model), case.inputs)
+    except RuntimeError as error:  # autograd does not take all that runs without it
+        assume("modified inplace" not in str(error))
+        raise
+    try:
         fast = collapse(copy.deepcopy(case.model), *(case.inputs if informed else ()))
     except ExpansionError:
         return  # there is no region in it
     assert list(fast.state_dict()) == list(case.model.state_dict())
-    back = uncollapse(fast)
-    for found, expected in zip(after(fast, case.inputs), after(copy.deepcopy(case.model), case.inputs), strict=True):
-        assert float((found - expected).norm()) <= 1e-9 * float(expected.norm() + 1)
-    for found, expected in zip(after(back, case.inputs), after(copy.deepcopy(case.model), case.inputs), strict=True):
-        assert float((found - expected).norm()) <= 1e-9 * float(expected.norm() + 1)
+    for model in (fast, uncollapse(fast)):
+        for ours, theirs in zip(after(model, case.inputs), expected, strict=True):
+            assert float((ours - theirs).norm()) <= 1e-9 * float(theirs.norm() + 1)
 
 
 def test_uncollapse_gives_the_nodes_back(case: tuple[nn.Module, Tensor, int]) -> None:
