@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from fxexpand.graph.copying import ATOMS, deep_copy
 from fxexpand.graph.tracer import ReplayTracer
 
 
@@ -117,7 +118,7 @@ def copy_model(model: nn.Module, *, share: bool) -> nn.Module:
             memo[id(value)] = value
         elif isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
@@ -125,14 +126,16 @@ def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
 
     Also those in lists and dictionaries: a model may hide a teacher from ``parameters()`` in a list.
     """
-    waiting: list[object] = [model]
+    waiting: list[Any] = [model]
     seen: dict[int, object] = {}
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
+        if type(value) in ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
+        if type(value) in (dict, OrderedDict):  # first, because modules hold more of these than of all else
+            waiting += value.values()
+        elif isinstance(value, (Tensor, torch.jit.ScriptModule)):
             yield value
         elif isinstance(value, nn.Module):
             waiting += vars(value).values()
