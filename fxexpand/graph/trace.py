@@ -18,6 +18,7 @@ from fxexpand.graph.layers import has_hooks, is_layer, is_opaque
 from fxexpand.graph.state import changed_modules, hide, volatile_attributes
 from fxexpand.graph.traced import TracedModule, copy_model
 from fxexpand.graph.tracer import LayerTracer
+from fxexpand.graph.tree import submodule
 
 _WRAPPERS = {
     "OptimizedModule": "a compiled model. Pass the one that was compiled (model._orig_mod), and compile afterwards",
@@ -83,7 +84,7 @@ def _open(model: nn.Module, limits: Limits, opened: dict[int, nn.Module]) -> nn.
         inner: list[nn.Module | None] = list(model._modules.values())
     else:
         targets = {str(node.target): None for node in graph.nodes if node.op == "call_module"}
-        inner = [model.get_submodule(target) for target in targets]
+        inner = [submodule(model, target) for target in targets]
         TracedModule.adopt(model, graph, limits.leaves)
     for module in inner:
         if module is not None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 _INTERNAL = frozenset(vars(nn.Module()))
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """``root.get_submodule(path)``, a good deal faster: passes ask for the modules of nodes again and again."""
+    module = root
+    for name in path.split(".") if path else ():
+        own = vars(module)
+        held = own["_modules"].get(name) if type(own["_modules"]) in (dict, OrderedDict) else None
+        if held is None or name in own or hasattr(type(module), name):  # some other attribute may stand before it
+            return root.get_submodule(path)
+        module = held
+    return module
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

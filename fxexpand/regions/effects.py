@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxexpand.graph.layers import is_layer
+from fxexpand.graph.tree import submodule
 
 IN_PLACE_OPERATORS = {
     getattr(operator, name)
@@ -44,7 +45,7 @@ class Effects:
     def is_fresh(self, node: fx.Node) -> bool:
         """Whether the value of ``node`` surely shares no memory with the values it is computed from."""
         if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
+            module = submodule(self.gm, str(node.target))
             return is_layer(module) or isinstance(module, _FRESH_MODULES)
         if "out" in node.kwargs:
             return False
@@ -90,7 +91,7 @@ class Effects:
             return []
         first: list[Any] = [node.args[0]] if node.args else [node.kwargs.get("input")]
         if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
+            module = submodule(self.gm, str(node.target))
             foreign = not type(module).__module__.startswith("torch.") and not is_layer(module)
             if foreign:  # code that nobody has looked into
                 return node.all_input_nodes

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.affine import Affine
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
+from fxexpand.graph.tree import submodule
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.naming import Places
 from fxexpand.regions.parts import Unary
@@ -113,7 +114,7 @@ def _layers_called(reading: Reading, merge: Merge) -> tuple[object, ...]:
     parts = [reading.part(node) for node in nodes]
     if all(node.op == "call_module" and isinstance(part, Unary) for node, part in zip(nodes, parts, strict=True)):
         signal = reading.signal(merge.stretch.source)
-        return (signal.dims, *(id(reading.gm.get_submodule(str(node.target))) for node in nodes), id(reading.gm))
+        return (signal.dims, *(id(submodule(reading.gm, str(node.target))) for node in nodes), id(reading.gm))
     return (merge.stretch.last,)
 
 
@@ -143,7 +144,7 @@ def _flags(reading: Reading, merge: Merge) -> Flags:
     part = reading.part(main)
     assert isinstance(part, Unary)
     weight = part.tensors[0]
-    module = reading.gm.get_submodule(str(main.target)) if main.op == "call_module" else reading.gm
+    module = submodule(reading.gm, str(main.target)) if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
         memory_format=memory_format_of(weight),
@@ -157,7 +158,7 @@ def _flags(reading: Reading, merge: Merge) -> Flags:
 def _parameters(reading: Reading, node: fx.Node) -> list[Tensor]:
     """The parameters that a node computes with."""
     if node.op == "call_module":
-        return list(reading.gm.get_submodule(str(node.target)).parameters())
+        return list(submodule(reading.gm, str(node.target)).parameters())
     sources = [source for source in node.all_input_nodes if source in reading.constants]
     return [tensor for source in sources for tensor in reading.constants.parameters(source)]
 

@@ -13,6 +13,7 @@ from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import FxExpandError
+from fxexpand.graph.tree import submodule
 from fxexpand.regions.calls import Calls
 from fxexpand.regions.constants import Constants
 from fxexpand.regions.effects import Effects
@@ -134,13 +135,13 @@ class Reading:
             return self._calls.lift(node)
         if node.op != "call_module":
             return None
-        module = self.gm.get_submodule(str(node.target))
+        module = submodule(self.gm, str(node.target))
         source = node.args[0] if node.args else node.kwargs.get("input")
         if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
             return None
         if self._reach is not None and self._reach.walks(self.gm, str(node.target)):
             return Refusal("code that has no graph may run through the modules beside it, and would find others")
-        if any(map(self.constants.changes, (*module.parameters(), *module.buffers()))):
+        if self.constants.changes_any_of(module):
             return Refusal("the graph changes its weight or statistics in place")
         for cls, lift in lifts.items():
             if isinstance(module, cls):
@@ -231,14 +232,14 @@ def _keeps_axes(gm: fx.GraphModule, node: fx.Node) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
     if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target))) in _SAME_AXES
+        return type(submodule(gm, str(node.target))) in _SAME_AXES
     return getattr(node.target, "__name__", node.target) in _SAME_AXES_CALLS
 
 
 def _flattens(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the value of ``node`` has two axes: everything but the batch is flattened."""
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = submodule(gm, str(node.target))
         return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
     if node.target in (torch.flatten, "flatten"):
         given = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | dict(node.kwargs)

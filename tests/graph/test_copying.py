@@ -120,7 +120,7 @@ def test_nothing_of_the_copy_is_in_the_model() -> None:
 
 
 def test_what_the_memo_holds_is_shared() -> None:
-    model = nn.Sequential(OrderedDict(layer=nn.Linear(2, 2)))
+    model: Any = nn.Sequential(OrderedDict(layer=nn.Linear(2, 2)))
     weight = model.layer.weight
     twin: Any = deep_copy(model, {id(weight): weight})
     assert twin.layer.weight is weight
