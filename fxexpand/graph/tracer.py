@@ -7,6 +7,7 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -205,7 +206,12 @@ class _ValueAttribute(Value, Attribute):
 
 
 def _harmless(frame: FrameType) -> bool:
-    return any(name in frame.f_code.co_filename.replace("\\", "/") for name in _HARMLESS)
+    return _is_harmless_file(frame.f_code.co_filename)
+
+
+@cache
+def _is_harmless_file(name: str) -> bool:
+    return any(part in name.replace("\\", "/") for part in _HARMLESS)
 
 
 def _opname(code: CodeType, offset: int) -> str:
