@@ -80,16 +80,24 @@ def _open(model: nn.Module, limits: Limits, opened: dict[int, nn.Module]) -> nn.
     if isinstance(model, (fx.GraphModule, Expanded, *limits.leaves)) or is_layer(model) or is_opaque(model):
         return model
     graph = _graph_of(model, limits)
-    if graph is None:
+    if graph is None or not _adopted(model, graph, limits):
         inner: list[nn.Module | None] = list(model._modules.values())
     else:
         targets = {str(node.target): None for node in graph.nodes if node.op == "call_module"}
         inner = [submodule(model, target) for target in targets]
-        TracedModule.adopt(model, graph, limits.leaves)
     for module in inner:
         if module is not None:
             open_up(module, limits, opened)
     return model
+
+
+def _adopted(model: nn.Module, graph: fx.Graph, limits: Limits) -> bool:
+    """Whether ``graph`` is the forward of ``model`` now: not every graph can be written as code."""
+    try:
+        TracedModule.adopt(model, graph, limits.leaves)
+    except Exception:  # noqa: BLE001 -- FX raises what comes up where it writes, and Python where it reads that
+        return False
+    return True
 
 
 def _graph_of(model: nn.Module, limits: Limits) -> fx.Graph | None:
@@ -122,7 +130,9 @@ def _attempt(
     for path, names in volatile_attributes(model, kept).items():
         hide(scratch.get_submodule(path), names, tracer.refuse)
     try:
-        graph = fx.GraphModule(scratch, tracer.trace(scratch)).graph  # not every graph can be written as code
+        graph = tracer.trace(scratch)
+        if given is not None:
+            fx.GraphModule(scratch, graph)  # a call that cannot be written as code; without values, adopt sees to it
     except Exception:  # noqa: BLE001 -- any code of the user's can run here, and raise anything
         return None, tracer.failed or {""}
     return graph, changed_modules(model, scratch)

@@ -34,14 +34,17 @@ class TracedModule(fx.GraphModule):
     def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
         """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it.
 
-        ``graph`` may belong to a graph module over a copy of ``model`` that shares its tensors.
+        Raises what FX raises where a graph cannot be written as code; then ``model`` is as it was.
         """
-        plain = vars(graph.owning_module or fx.GraphModule(model, graph))
+        plain = vars(fx.GraphModule(nn.Module(), fx.Graph()))
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
         state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
-        model.__class__ = _own_class(type(model))
+        traced = _blank(type(model))
+        traced._fill(state)
+        model.__class__ = type(traced)
         vars(model).clear()
-        cast(TracedModule, model)._fill(state)
+        vars(model).update(vars(traced))
+        graph.owning_module = cast(TracedModule, model)
 
     @staticmethod
     def can_be(model: nn.Module) -> bool:
