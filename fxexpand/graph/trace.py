@@ -171,7 +171,7 @@ def _holds_for_other_values(model: nn.Module, graph: fx.Graph, limits: Limits, k
 def _may_be_none(model: nn.Module, node: fx.Node) -> bool:
     """Whether what ``node`` stands for comes from a module that is not torch's, or is a part of such or an argument."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
+        module = submodule(model, str(node.target))
         return not is_layer(module) and not is_opaque(module) and not _returns_a_tensor(module.forward)
     if node.op == "call_function" and node.target in (operator.getitem, getattr):
         source = node.args[0]

@@ -28,6 +28,8 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
     Also in plain attributes: a list of layers that code runs through holds them a second time.
     """
+    if not new:
+        return
     for owner in list(model.modules()):
         for name, child in list(owner._modules.items()):
             if id(child) in new:
