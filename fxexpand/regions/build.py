@@ -73,7 +73,7 @@ def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
     return _uninitialized(build, m, n, kernel.kernel_size, groups=kernel.groups, bias=has_bias, **settings)
 
 
-def _uninitialized(cls: type[nn.Module], *arguments: Any, **settings: Any) -> nn.Module:
+def _uninitialized(cls: Any, *arguments: Any, **settings: Any) -> nn.Module:
     """A layer of ``cls`` on the device "meta", without the random numbers that its constructor would draw."""
     layer: nn.Module = _without_numbers(cls)(*arguments, device="meta", **settings)
     layer.__class__ = cls

@@ -39,10 +39,11 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     places, alike = _places(model, work), _alike(work)
     edits: list[Edit] = []
     made: list[Made] = []
-    for same in alike:
+    # All weights first: what comes after them in a loop would find nothing of its own in the processor's caches.
+    maps = [_map(*same[0]) for same in alike]
+    for same, (exact, affine) in zip(alike, maps, strict=True):
         reading, first = same[0]
         flags = _flags(reading, first)
-        exact, affine = _map(reading, first, flags.dtype)
         padding, layer = layer_of(affine, flags, copy=exact is not None)
         path = places.path(reading.gm, [merge.stretch for _, merge in same], _main(reading, first))
         for _, merge in same:
@@ -55,9 +56,9 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     return made
 
 
-def _map(reading: Reading, merge: Merge, dtype: torch.dtype) -> tuple[Affine | None, Affine]:
+def _map(reading: Reading, merge: Merge) -> tuple[Affine | None, Affine]:
     """The map of a merge in float64, where it is kept, and the one to make a layer of."""
-    rounded = scaled_layer(reading, merge.stretch, dtype)
+    rounded = scaled_layer(reading, merge.stretch, _weight(reading, merge).dtype)
     if rounded is not None:
         return None, rounded
     exact = map_of_parts(reading, merge.parts, merge.order)
@@ -139,11 +140,15 @@ def _main(reading: Reading, merge: Merge) -> fx.Node:
     return max(merge.stretch.nodes, key=rank)
 
 
-def _flags(reading: Reading, merge: Merge) -> Flags:
-    main = _main(reading, merge)
-    part = reading.part(main)
+def _weight(reading: Reading, merge: Merge) -> Tensor:
+    """The weight that a merged layer takes its dtype and memory format from."""
+    part = reading.part(_main(reading, merge))
     assert isinstance(part, Unary)
-    weight = part.tensors[0]
+    return part.tensors[0]
+
+
+def _flags(reading: Reading, merge: Merge) -> Flags:
+    main, weight = _main(reading, merge), _weight(reading, merge)
     module = submodule(reading.gm, str(main.target)) if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
