@@ -123,10 +123,12 @@ def _attempt(
     limits: Limits,
     kept: Iterable[str],
     given: Mapping[str, object] | None = None,
+    *,
+    blames: bool = False,
 ) -> tuple[fx.Graph | None, set[str]]:
     """The graph of ``model``, if there is one, and the paths of modules that it does not stand for."""
     scratch = copy_model(model, share=True)
-    tracer = LayerTracer(limits.leaves, kept, given, evaluated=limits.evaluated)
+    tracer = LayerTracer(limits.leaves, kept, given, evaluated=limits.evaluated, blames=blames)
     for path, names in volatile_attributes(model, kept).items():
         hide(scratch.get_submodule(path), names, tracer.refuse)
     try:
@@ -134,6 +136,8 @@ def _attempt(
         if given is not None:
             fx.GraphModule(scratch, graph)  # a call that cannot be written as code; without values, adopt sees to it
     except Exception:  # noqa: BLE001 -- any code of the user's can run here, and raise anything
+        if tracer.drew and not blames:
+            return _attempt(model, limits, kept, given, blames=True)
         return None, tracer.failed or {""}
     return graph, changed_modules(model, scratch)
 
