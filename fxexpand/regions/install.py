@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.affine import Affine
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
-from fxexpand.graph.tree import submodule
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.naming import Places
 from fxexpand.regions.parts import Unary
@@ -114,7 +113,7 @@ def _layers_called(reading: Reading, merge: Merge) -> tuple[object, ...]:
     parts = [reading.part(node) for node in nodes]
     if all(node.op == "call_module" and isinstance(part, Unary) for node, part in zip(nodes, parts, strict=True)):
         signal = reading.signal(merge.stretch.source)
-        return (signal.dims, *(id(submodule(reading.gm, str(node.target))) for node in nodes), id(reading.gm))
+        return (signal.dims, *(id(reading.effects.modules[node]) for node in nodes), id(reading.gm))
     return (merge.stretch.last,)
 
 
@@ -148,7 +147,7 @@ def _weight(reading: Reading, merge: Merge) -> Tensor:
 
 def _flags(reading: Reading, merge: Merge) -> Flags:
     main, weight = _main(reading, merge), _weight(reading, merge)
-    module = submodule(reading.gm, str(main.target)) if main.op == "call_module" else reading.gm
+    module = reading.effects.modules[main] if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
         memory_format=memory_format_of(weight),
@@ -162,7 +161,7 @@ def _flags(reading: Reading, merge: Merge) -> Flags:
 def _parameters(reading: Reading, node: fx.Node) -> list[Tensor]:
     """The parameters that a node computes with."""
     if node.op == "call_module":
-        return list(submodule(reading.gm, str(node.target)).parameters())
+        return list(reading.effects.modules[node].parameters())
     sources = [source for source in node.all_input_nodes if source in reading.constants]
     return [tensor for source in sources for tensor in reading.constants.parameters(source)]
 
