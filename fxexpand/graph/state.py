@@ -36,7 +36,7 @@ def volatile_attributes(model: nn.Module, kept: Iterable[str]) -> dict[str, set[
     """
     hooked = [reached for module in model.modules() for hook in hooks_of(module) for reached in _held_by(hook)]
     found = {path: _changing(model.get_submodule(path)) for path in kept}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if hooked else ():
         names = {name for name, value in plain_attributes(module).items() if any(value is held for held in hooked)}
         if any(module is held for held in hooked):
             names |= _changing(module)
@@ -70,7 +70,9 @@ def _has_changed(before: nn.Module, after: nn.Module) -> bool:
         if list(held) != list(holds) or any(held[key] is not holds[key] for key in held):
             return True
     ours, theirs = plain_attributes(before), plain_attributes(after)
-    return ours.keys() != theirs.keys() or any(_differ(ours[name], theirs[name], {}) for name in ours)
+    if ours.keys() != theirs.keys():
+        return True
+    return any(theirs[name] is not value and _differ(value, theirs[name], {}) for name, value in ours.items())
 
 
 def _differ(before: Any, after: Any, seen: dict[int, object]) -> bool:

@@ -85,6 +85,8 @@ class TracedModule(fx.GraphModule):
 # What module.compile() leaves behind: a call that is bound to the very module, and to none of its copies.
 _COMPILED = "_compiled_call_impl"
 
+_TABLES = (dict, OrderedDict)
+
 # What decides how an object is copied and pickled.
 _COPYING = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
@@ -136,12 +138,14 @@ def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
         if type(value) in ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if type(value) in (dict, OrderedDict):  # first, because modules hold more of these than of all else
+        if type(value) in _TABLES:
             waiting += value.values()
         elif isinstance(value, (Tensor, torch.jit.ScriptModule)):
             yield value
         elif isinstance(value, nn.Module):
-            waiting += vars(value).values()
+            # Most of what a module holds are settings, and empty tables of hooks.
+            held = [attribute for attribute in vars(value).values() if type(attribute) not in ATOMS]
+            waiting += [attribute for attribute in held if type(attribute) not in _TABLES or attribute]
         elif isinstance(value, dict):
             waiting += value.values()
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
