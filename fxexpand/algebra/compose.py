@@ -76,11 +76,12 @@ def compose_rounded(first: Kernel, scale: Kernel, dtype: torch.dtype) -> Kernel:
     factors = scale.weight.detach().double().flatten()
     old = first.weight.detach()
     weight = torch.empty_like(old, dtype=dtype)
-    rows = min(len(old), max(1, _BLOCK // max(1, old[0].numel())))
+    n = first.out_channels
+    rows = min(n, max(1, _BLOCK // max(1, old[0].numel())))
     exact = torch.empty_like(old[:rows], dtype=torch.float64)  # laid out as the weight is
     scales = factors.reshape(-1, *(1,) * (old.dim() - 1))
-    for i in range(0, len(old), rows):
-        block = exact[: len(old) - i]
+    for i in range(0, n, rows):
+        block = exact[: n - i]
         torch.mul(block.copy_(old[i : i + rows]), scales[i : i + rows], out=block)
         weight[i : i + rows] = block
     bias = None if scale.bias is None else scale.bias.detach().to(torch.float64, copy=True)

@@ -56,13 +56,13 @@ def hooks_of(module: nn.Module) -> list[object]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs somebody's hook."""
-    return bool(hooks_of(module))
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a quantized ``Linear`` or ``ConvNd``."""
-    names = {base.__name__ for base in DIMS}
-    return type(module).__module__.startswith("torch.ao.nn.") and type(module).__name__ in names
+    cls = type(module)
+    return cls.__module__.startswith("torch.ao.nn.") and cls.__name__ in {base.__name__ for base in DIMS}
 
 
 def peculiarity(layer: nn.Module) -> Refusal | None:
