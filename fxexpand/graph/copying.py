@@ -29,7 +29,9 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             states.append((twin, state))
             waiting += state["_modules"].values()
     for twin, state in states:
-        twin.__setstate__({name: _copied(value, memo) for name, value in state.items()})
+        twin.__setstate__(
+            {name: value if type(value) in ATOMS else _copied(value, memo) for name, value in state.items()}
+        )
     found: nn.Module = copy.deepcopy(model, memo)
     return found
 

@@ -69,10 +69,11 @@ def _has_changed(before: nn.Module, after: nn.Module) -> bool:
         held, holds = vars(before)[name], vars(after)[name]
         if list(held) != list(holds) or any(held[key] is not holds[key] for key in held):
             return True
-    ours, theirs = plain_attributes(before), plain_attributes(after)
-    if ours.keys() != theirs.keys():
+    ours, theirs = vars(before), vars(after)
+    if ours.keys() != theirs.keys() and (ours.keys() ^ theirs.keys()) - _OF_EVERY_MODULE:
         return True
-    return any(theirs[name] is not value and _differ(value, theirs[name], {}) for name, value in ours.items())
+    plain = [name for name in ours if name not in _OF_EVERY_MODULE and ours[name] is not theirs[name]]
+    return any(_differ(ours[name], theirs[name], {}) for name in plain)
 
 
 def _differ(before: Any, after: Any, seen: dict[int, object]) -> bool:

@@ -91,7 +91,7 @@ def paths_of(model: nn.Module, work: Work) -> dict[fx.Node, str]:
 def _places(model: nn.Module, work: Work) -> Places:
     merged = {node for _, merges in work for merge in merges for node in merge.stretch.nodes}
     constants = {node for reading, merges in work for merge in merges for node in _constants(reading, merge)}
-    return Places(model, merged | constants)
+    return Places(model, merged | constants, work[0][0].reach if work else None)
 
 
 def _names(merge: Merge) -> tuple[str, ...]:

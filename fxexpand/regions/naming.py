@@ -17,13 +17,13 @@ class Places:
 
     ``merged`` are all nodes that are replaced, and the constants that they are computed with.
 
-    What code without a graph may come by stays where it is; see ``Reach``.
+    What code without a graph may come by stays where it is; see ``Reach``, which is worked out where it is not given.
     """
 
-    def __init__(self, model: nn.Module, merged: set[fx.Node]) -> None:
+    def __init__(self, model: nn.Module, merged: set[fx.Node], reach: Reach | None = None) -> None:
         self.model = model
         self._merged = merged
-        self._reach = Reach(model)
+        self._reach = reach or Reach(model)
         self._graphs = self._reach.graphs
         self._callers = self._calls()
         self._taken: set[tuple[int, str]] = set()

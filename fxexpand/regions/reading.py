@@ -55,7 +55,7 @@ class Reading:
         reach: Reach | None = None,
     ) -> None:
         self.gm = gm
-        self._reach = reach
+        self.reach = reach
         self.shapes = shapes
         self._exact = exact or {}
         self.effects = Effects(gm)
@@ -138,7 +138,7 @@ class Reading:
         source = node.args[0] if node.args else node.kwargs.get("input")
         if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
             return None
-        if self._reach is not None and self._reach.walks(self.gm, str(node.target)):
+        if self.reach is not None and self.reach.walks(self.gm, str(node.target)):
             return Refusal("code that has no graph may run through the modules beside it, and would find others")
         if self.constants.changes_any_of(module):
             return Refusal("the graph changes its weight or statistics in place")
