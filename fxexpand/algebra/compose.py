@@ -13,8 +13,8 @@ from fxexpand.algebra.kernel import Kernel, grouped, with_groups
 from fxexpand.algebra.product import product_of, tap_spacing
 from fxexpand.algebra.refusal import Refusal
 
-# Elements of a weight that are computed at a time: 2 MiB in float64.
-_BLOCK = 1 << 18
+# Elements of a weight that are computed at a time: 1 MiB in float64, within the second cache of most processors.
+_BLOCK = 1 << 17
 
 
 def compose(first: Kernel, second: Kernel) -> Kernel | Refusal:
@@ -67,15 +67,19 @@ def compose_rounded(first: Kernel, scale: Kernel, dtype: torch.dtype) -> Kernel:
     """``compose(first, scale)`` in float64, rounded once to ``dtype``; not differentiable.
 
     For a depthwise and pointwise ``scale`` with stride 1 and no padding, such as batch norm. Works through the weight
-    in blocks that fit a cache, in a fraction of the time that whole copies in float64 take.
+    in blocks that fit a cache, all in the same memory: that takes a fraction of the time of whole copies in float64.
     """
     factors = scale.weight.detach().double().flatten()
-    weight = torch.empty_like(first.weight, dtype=dtype)
-    rows = max(1, _BLOCK // max(1, first.weight[0].numel()))
-    shape = (-1, *(1,) * (weight.dim() - 1))
-    for i in range(0, len(weight), rows):
-        block = first.weight[i : i + rows].detach().to(torch.float64, copy=True)
-        weight[i : i + rows] = block.mul_(factors[i : i + rows].reshape(shape))
+    old = first.weight.detach()
+    weight = torch.empty_like(old, dtype=dtype)
+    n = first.out_channels
+    rows = min(n, max(1, _BLOCK // max(1, old[0].numel())))
+    exact = torch.empty_like(old[:rows], dtype=torch.float64)  # laid out as the weight is
+    scales = factors.reshape(-1, *(1,) * (old.dim() - 1))
+    for i in range(0, n, rows):
+        block = exact[: n - i]
+        torch.mul(block.copy_(old[i : i + rows]), scales[i : i + rows], out=block)
+        weight[i : i + rows] = block
     bias = None if scale.bias is None else scale.bias.detach().to(torch.float64, copy=True)
     if first.bias is not None:
         scaled = first.bias.detach().double() * factors

@@ -41,15 +41,15 @@ class Kernel:
         if d not in (0, 1, 2, 3):
             raise ValueError(f"weight must have 2 to 5 axes, found shape {tuple(self.weight.shape)}")
         # An empty tuple is the neutral setting for every axis.
-        object.__setattr__(self, "stride", self.stride or (1,) * d)
-        object.__setattr__(self, "dilation", self.dilation or (1,) * d)
-        object.__setattr__(self, "padding", self.padding or ((0, 0),) * d)
+        for name, neutral in (("stride", 1), ("dilation", 1), ("padding", (0, 0))):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (neutral,) * d)
         if not len(self.stride) == len(self.dilation) == len(self.padding) == d:
             raise ValueError(
                 f"stride {self.stride}, dilation {self.dilation} and padding {self.padding} "
                 f"must have one entry for each of the {d} spatial axes"
             )
-        if any(step < 1 for step in (*self.stride, *self.dilation)):
+        if min((*self.stride, *self.dilation), default=1) < 1:
             raise ValueError(f"stride {self.stride} and dilation {self.dilation} must be at least 1")
         if self.groups < 1 or self.out_channels % self.groups:
             raise ValueError(f"groups={self.groups} does not divide {self.out_channels} output channels")

@@ -13,7 +13,7 @@ from fxexpand.graph.geometry import CONVOLUTIONS, DIMS
 
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS)
+_LAYERS = frozenset((*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_HOOKS = (
@@ -29,7 +29,7 @@ def is_layer(module: nn.Module) -> bool:
 
     A subclass that keeps ``forward`` is one; a subclass, or an object, that has a ``forward`` of its own is not.
     """
-    return any(isinstance(module, base) and _computes_as(module, base) for base in _LAYERS)
+    return any(_computes_as(module, base) for base in type(module).__mro__ if base in _LAYERS)
 
 
 def is_expandable_class(module: nn.Module) -> bool:
@@ -56,13 +56,13 @@ def hooks_of(module: nn.Module) -> list[object]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs somebody's hook."""
-    return bool(hooks_of(module))
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether ``module`` is a quantized ``Linear`` or ``ConvNd``."""
-    names = {base.__name__ for base in DIMS}
-    return type(module).__module__.startswith("torch.ao.nn.") and type(module).__name__ in names
+    cls = type(module)
+    return cls.__module__.startswith("torch.ao.nn.") and cls.__name__ in {base.__name__ for base in DIMS}
 
 
 def peculiarity(layer: nn.Module) -> Refusal | None:
@@ -98,8 +98,8 @@ def dtype_refusal(weight: Tensor) -> Refusal | None:
 
 
 def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    names = ("forward", "_conv_forward", "__call__")
-    kept = all(getattr(type(module), name, None) is getattr(base, name, None) for name in names)
+    cls, names = type(module), ("forward", "_conv_forward", "__call__")
+    kept = cls is base or all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
     return kept and "forward" not in vars(module)
 
 

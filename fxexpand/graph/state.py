@@ -36,7 +36,7 @@ def volatile_attributes(model: nn.Module, kept: Iterable[str]) -> dict[str, set[
     """
     hooked = [reached for module in model.modules() for hook in hooks_of(module) for reached in _held_by(hook)]
     found = {path: _changing(model.get_submodule(path)) for path in kept}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if hooked else ():
         names = {name for name, value in plain_attributes(module).items() if any(value is held for held in hooked)}
         if any(module is held for held in hooked):
             names |= _changing(module)
@@ -69,8 +69,11 @@ def _has_changed(before: nn.Module, after: nn.Module) -> bool:
         held, holds = vars(before)[name], vars(after)[name]
         if list(held) != list(holds) or any(held[key] is not holds[key] for key in held):
             return True
-    ours, theirs = plain_attributes(before), plain_attributes(after)
-    return ours.keys() != theirs.keys() or any(_differ(ours[name], theirs[name], {}) for name in ours)
+    ours, theirs = vars(before), vars(after)
+    if ours.keys() != theirs.keys() and (ours.keys() ^ theirs.keys()) - _OF_EVERY_MODULE:
+        return True
+    plain = [name for name in ours if name not in _OF_EVERY_MODULE and ours[name] is not theirs[name]]
+    return any(_differ(ours[name], theirs[name], {}) for name in plain)
 
 
 def _differ(before: Any, after: Any, seen: dict[int, object]) -> bool:

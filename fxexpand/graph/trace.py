@@ -18,6 +18,7 @@ from fxexpand.graph.layers import has_hooks, is_layer, is_opaque
 from fxexpand.graph.state import changed_modules, hide, volatile_attributes
 from fxexpand.graph.traced import TracedModule, copy_model
 from fxexpand.graph.tracer import LayerTracer
+from fxexpand.graph.tree import submodule
 
 _WRAPPERS = {
     "OptimizedModule": "a compiled model. Pass the one that was compiled (model._orig_mod), and compile afterwards",
@@ -79,16 +80,24 @@ def _open(model: nn.Module, limits: Limits, opened: dict[int, nn.Module]) -> nn.
     if isinstance(model, (fx.GraphModule, Expanded, *limits.leaves)) or is_layer(model) or is_opaque(model):
         return model
     graph = _graph_of(model, limits)
-    if graph is None:
+    if graph is None or not _adopted(model, graph, limits):
         inner: list[nn.Module | None] = list(model._modules.values())
     else:
         targets = {str(node.target): None for node in graph.nodes if node.op == "call_module"}
-        inner = [model.get_submodule(target) for target in targets]
-        TracedModule.adopt(model, graph, limits.leaves)
+        inner = [submodule(model, target) for target in targets]
     for module in inner:
         if module is not None:
             open_up(module, limits, opened)
     return model
+
+
+def _adopted(model: nn.Module, graph: fx.Graph, limits: Limits) -> bool:
+    """Whether ``graph`` is the forward of ``model`` now: not every graph can be written as code."""
+    try:
+        TracedModule.adopt(model, graph, limits.leaves)
+    except Exception:  # noqa: BLE001 -- FX raises what comes up where it writes, and Python where it reads that
+        return False
+    return True
 
 
 def _graph_of(model: nn.Module, limits: Limits) -> fx.Graph | None:
@@ -114,15 +123,21 @@ def _attempt(
     limits: Limits,
     kept: Iterable[str],
     given: Mapping[str, object] | None = None,
+    *,
+    blames: bool = False,
 ) -> tuple[fx.Graph | None, set[str]]:
     """The graph of ``model``, if there is one, and the paths of modules that it does not stand for."""
     scratch = copy_model(model, share=True)
-    tracer = LayerTracer(limits.leaves, kept, given, evaluated=limits.evaluated)
+    tracer = LayerTracer(limits.leaves, kept, given, evaluated=limits.evaluated, blames=blames)
     for path, names in volatile_attributes(model, kept).items():
         hide(scratch.get_submodule(path), names, tracer.refuse)
     try:
-        graph = fx.GraphModule(scratch, tracer.trace(scratch)).graph  # not every graph can be written as code
+        graph = tracer.trace(scratch)
+        if given is not None:
+            fx.GraphModule(scratch, graph)  # a call that cannot be written as code; without values, adopt sees to it
     except Exception:  # noqa: BLE001 -- any code of the user's can run here, and raise anything
+        if tracer.drew and not blames:
+            return _attempt(model, limits, kept, given, blames=True)
         return None, tracer.failed or {""}
     return graph, changed_modules(model, scratch)
 
@@ -160,7 +175,7 @@ def _holds_for_other_values(model: nn.Module, graph: fx.Graph, limits: Limits, k
 def _may_be_none(model: nn.Module, node: fx.Node) -> bool:
     """Whether what ``node`` stands for comes from a module that is not torch's, or is a part of such or an argument."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
+        module = submodule(model, str(node.target))
         return not is_layer(module) and not is_opaque(module) and not _returns_a_tensor(module.forward)
     if node.op == "call_function" and node.target in (operator.getitem, getattr):
         source = node.args[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from fxexpand.graph.copying import ATOMS, deep_copy
 from fxexpand.graph.tracer import ReplayTracer
 
 
@@ -33,14 +34,17 @@ class TracedModule(fx.GraphModule):
     def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
         """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it.
 
-        ``graph`` may belong to a graph module over a copy of ``model`` that shares its tensors.
+        Raises what FX raises where a graph cannot be written as code; then ``model`` is as it was.
         """
-        plain = vars(graph.owning_module or fx.GraphModule(model, graph))
+        plain = vars(fx.GraphModule(nn.Module(), fx.Graph()))
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
         state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
-        model.__class__ = _own_class(type(model))
+        traced = _blank(type(model))
+        traced._fill(state)
+        model.__class__ = type(traced)
         vars(model).clear()
-        cast(TracedModule, model)._fill(state)
+        vars(model).update(vars(traced))
+        graph.owning_module = cast(TracedModule, model)
 
     @staticmethod
     def can_be(model: nn.Module) -> bool:
@@ -81,6 +85,8 @@ class TracedModule(fx.GraphModule):
 # What module.compile() leaves behind: a call that is bound to the very module, and to none of its copies.
 _COMPILED = "_compiled_call_impl"
 
+_TABLES = (dict, OrderedDict)
+
 # What decides how an object is copied and pickled.
 _COPYING = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
@@ -117,7 +123,7 @@ def copy_model(model: nn.Module, *, share: bool) -> nn.Module:
             memo[id(value)] = value
         elif isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
@@ -125,17 +131,21 @@ def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
 
     Also those in lists and dictionaries: a model may hide a teacher from ``parameters()`` in a list.
     """
-    waiting: list[object] = [model]
+    waiting: list[Any] = [model]
     seen: dict[int, object] = {}
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
+        if type(value) in ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
+        if type(value) in _TABLES:
+            waiting += value.values()
+        elif isinstance(value, (Tensor, torch.jit.ScriptModule)):
             yield value
         elif isinstance(value, nn.Module):
-            waiting += vars(value).values()
+            # Most of what a module holds are settings, and empty tables of hooks.
+            held = [attribute for attribute in vars(value).values() if type(attribute) not in ATOMS]
+            waiting += [attribute for attribute in held if type(attribute) not in _TABLES or attribute]
         elif isinstance(value, dict):
             waiting += value.values()
         elif isinstance(value, (list, tuple, set, frozenset, deque)):

@@ -7,6 +7,8 @@ import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -73,7 +75,8 @@ class LayerTracer(ReplayTracer):
     made on the spot, a mode of torch, the type of an input.
 
     ``failed`` are the paths of the innermost modules that did, but for the root. Tracing goes on after them, as if they
-    had been kept, to find them all; then it fails.
+    had been kept, to find them all; then it fails. Whether a module draws random numbers is expensive to see: only with
+    ``blames`` is it seen of each; without it, ``drew`` says that one of them did.
     """
 
     def __init__(
@@ -83,9 +86,12 @@ class LayerTracer(ReplayTracer):
         given: Mapping[str, object] | None = None,
         *,
         evaluated: bool = False,
+        blames: bool = True,
     ) -> None:
         super().__init__()
         self.evaluated = evaluated
+        self.blames = blames
+        self.drew = False
         self.leaves = leaves
         self.kept = frozenset(kept)
         self.given = given or {}
@@ -98,20 +104,24 @@ class LayerTracer(ReplayTracer):
         self.refusal = reason
         raise UntraceableError(reason)
 
+    def refuse_draw(self, reason: str) -> NoReturn:
+        self.drew = True
+        self.refuse(reason)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         named = module_qualified_name in self.kept or isinstance(m, self.leaves)
         return named or is_layer(m) or is_opaque(m) or super().is_leaf_module(m, module_qualified_name)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        r = self.refuse
-        with torch.enable_grad(), watched_modes(r, evaluated=self.evaluated), WatchedCalls(r), no_random_draws(r):
+        r, modes = self.refuse, watched_modes(self.refuse, evaluated=self.evaluated)
+        with torch.enable_grad(), modes, WatchedCalls(r), no_random_draws(self.refuse_draw):
             graph = super().trace(root, concrete_args)
+            self._check()
+            if self.failed:
+                raise UntraceableError(f"modules that cannot be traced: {', '.join(sorted(self.failed))}")
         for node in graph.nodes:
             if isinstance(node.type, str):  # an annotation that was postponed: FX cannot write all of them as code
                 node.type = None
-        self._check()
-        if self.failed:
-            raise UntraceableError(f"modules that cannot be traced: {', '.join(sorted(self.failed))}")
         return graph
 
     def create_args_for_root(
@@ -127,7 +137,7 @@ class LayerTracer(ReplayTracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             try:
-                with no_random_draws(self.refuse):
+                with no_random_draws(self.refuse) if self.blames else nullcontext():
                     result = forward(*args, **kwargs)
                 self._check()
             except Exception:  # noqa: BLE001 -- any code of the user's runs here; the handler is the innermost module's
@@ -205,7 +215,12 @@ class _ValueAttribute(Value, Attribute):
 
 
 def _harmless(frame: FrameType) -> bool:
-    return any(name in frame.f_code.co_filename.replace("\\", "/") for name in _HARMLESS)
+    return _is_harmless_file(frame.f_code.co_filename)
+
+
+@cache
+def _is_harmless_file(name: str) -> bool:
+    return any(part in name.replace("\\", "/") for part in _HARMLESS)
 
 
 def _opname(code: CodeType, offset: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,11 +11,25 @@ from torch import nn
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """``root.get_submodule(path)``, a good deal faster: passes ask for the modules of nodes again and again."""
+    module = root
+    for name in path.split(".") if path else ():
+        own = vars(module)
+        held = own["_modules"].get(name) if type(own["_modules"]) in (dict, OrderedDict) else None
+        if held is None or name in own or hasattr(type(module), name):  # some other attribute may stand before it
+            return root.get_submodule(path)
+        module = held
+    return module
+
+
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put ``new[id(old)]`` in every place where ``model``, or a module inside it, holds ``old``.
 
     Also in plain attributes: a list of layers that code runs through holds them a second time.
     """
+    if not new:
+        return
     for owner in list(model.modules()):
         for name, child in list(owner._modules.items()):
             if id(child) in new:

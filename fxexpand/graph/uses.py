@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.layers import attributes_named, is_opaque
 from fxexpand.graph.site import Site
-from fxexpand.graph.tree import parameter_owners
+from fxexpand.graph.tree import parameter_owners, submodule
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def running(model: nn.Module) -> tuple[list[fx.GraphModule], dict[int, nn.Module
             continue
         if isinstance(module, fx.GraphModule):
             graphs[id(module)] = module
-            waiting += [module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
+            waiting += [submodule(module, str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
         else:
             running[id(module)] = module
             waiting += module.children()

@@ -82,28 +82,30 @@ def no_random_draws(refuse: Refuse) -> Iterator[None]:
 
     A failure leaves them as they were. Draws from torch's generators are calls, which ``WatchedCalls`` sees.
     """
-    numpy = _numpy_random()
-    states = random.getstate(), torch.default_generator.get_state(), numpy and numpy.get_state()
-    before = _random_states()
+    seed, drawn = torch.initial_seed(), torch.default_generator.get_state()
+    python, numpy = _random_states()
     try:
         yield
-        if _random_states() != before:
+        others = _random_states()
+        if torch.initial_seed() != seed or others[0] != python or _words(others[1]) != _words(numpy):
             refuse("it draws random numbers")
     except BaseException:
-        random.setstate(states[0])
-        torch.default_generator.set_state(states[1])
+        random.setstate(python)
+        torch.default_generator.set_state(drawn)
         if numpy:
-            numpy.set_state(states[2])
+            _numpy_random().set_state(numpy)
         raise
 
 
-def _random_states() -> tuple[object, ...]:
-    """What drawing changes, in a form that can be compared."""
-    states, numpy = (random.getstate(), torch.initial_seed()), _numpy_random()
-    if numpy is None:
-        return states
-    _, words, *rest = numpy.get_state()
-    return *states, words.tobytes(), *rest
+def _random_states() -> tuple[Any, Any]:
+    """The states of Python's generator and of NumPy's, where there is one."""
+    numpy = _numpy_random()
+    return random.getstate(), numpy and numpy.get_state()
+
+
+def _words(state: Any) -> object:
+    """A state of NumPy's generator in a form that can be compared."""
+    return state and (state[0], state[1].tobytes(), *state[2:])
 
 
 def _numpy_random() -> Any:

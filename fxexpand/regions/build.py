@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,12 +73,16 @@ def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
     return _uninitialized(build, m, n, kernel.kernel_size, groups=kernel.groups, bias=has_bias, **settings)
 
 
-def _uninitialized(cls: type[nn.Module], *arguments: Any, **settings: Any) -> nn.Module:
+def _uninitialized(cls: Any, *arguments: Any, **settings: Any) -> nn.Module:
     """A layer of ``cls`` on the device "meta", without the random numbers that its constructor would draw."""
-    bare = type(cls.__name__, (cls,), {"reset_parameters": lambda _: None})
-    layer: nn.Module = bare(*arguments, device="meta", **settings)
+    layer: nn.Module = _without_numbers(cls)(*arguments, device="meta", **settings)
     layer.__class__ = cls
     return layer
+
+
+@cache
+def _without_numbers(cls: Any) -> Any:
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda _: None})
 
 
 def _padding(mode: str, sides: Sides) -> FunctionStep:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "matmul", "neg", "pow", "getitem")
 _BOTH = (
@@ -53,6 +53,10 @@ class Constants:
     def changes(self, tensor: object) -> bool:
         """Whether the graph changes ``tensor``, or one that shares its memory, in place."""
         return not self._memory.isdisjoint(_memory(tensor))
+
+    def changes_any_of(self, module: nn.Module) -> bool:
+        """Whether the graph changes a parameter or buffer of ``module`` in place."""
+        return bool(self._memory) and any(map(self.changes, (*module.parameters(), *module.buffers())))
 
     def __contains__(self, node: object) -> bool:
         return node in self._constant

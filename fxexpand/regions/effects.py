@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxexpand.graph.layers import is_layer
+from fxexpand.graph.tree import submodule
 
 IN_PLACE_OPERATORS = {
     getattr(operator, name)
@@ -27,11 +28,15 @@ _FRESH_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 class Effects:
-    """Where values of ``gm`` are changed in place, also through another value that shares their memory."""
+    """Where values of ``gm`` are changed in place, also through another value that shares their memory.
+
+    ``order`` are the positions of the nodes, ``modules`` are those that nodes call, found once.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.order = {node: position for position, node in enumerate(gm.graph.nodes)}
+        self.modules = {node: submodule(gm, str(node.target)) for node in self.order if node.op == "call_module"}
         self._group: dict[fx.Node, fx.Node] = {}
         self._changes: dict[fx.Node, list[fx.Node]] = {}
         for node in gm.graph.nodes:
@@ -44,7 +49,7 @@ class Effects:
     def is_fresh(self, node: fx.Node) -> bool:
         """Whether the value of ``node`` surely shares no memory with the values it is computed from."""
         if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
+            module = self.modules[node]
             return is_layer(module) or isinstance(module, _FRESH_MODULES)
         if "out" in node.kwargs:
             return False
@@ -90,7 +95,7 @@ class Effects:
             return []
         first: list[Any] = [node.args[0]] if node.args else [node.kwargs.get("input")]
         if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
+            module = self.modules[node]
             foreign = not type(module).__module__.startswith("torch.") and not is_layer(module)
             if foreign:  # code that nobody has looked into
                 return node.all_input_nodes

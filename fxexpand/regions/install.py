@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
@@ -38,10 +37,11 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     places, alike = _places(model, work), _alike(work)
     edits: list[Edit] = []
     made: list[Made] = []
-    for same in alike:
+    # All weights first: what comes after them in a loop would find nothing of its own in the processor's caches.
+    maps = [_map(*same[0]) for same in alike]
+    for same, (exact, affine) in zip(alike, maps, strict=True):
         reading, first = same[0]
         flags = _flags(reading, first)
-        exact, affine = _map(reading, first, flags.dtype)
         padding, layer = layer_of(affine, flags, copy=exact is not None)
         path = places.path(reading.gm, [merge.stretch for _, merge in same], _main(reading, first))
         for _, merge in same:
@@ -54,9 +54,9 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     return made
 
 
-def _map(reading: Reading, merge: Merge, dtype: torch.dtype) -> tuple[Affine | None, Affine]:
+def _map(reading: Reading, merge: Merge) -> tuple[Affine | None, Affine]:
     """The map of a merge in float64, where it is kept, and the one to make a layer of."""
-    rounded = scaled_layer(reading, merge.stretch, dtype)
+    rounded = scaled_layer(reading, merge.stretch, _weight(reading, merge).dtype)
     if rounded is not None:
         return None, rounded
     exact = map_of_parts(reading, merge.parts, merge.order)
@@ -91,7 +91,7 @@ def paths_of(model: nn.Module, work: Work) -> dict[fx.Node, str]:
 def _places(model: nn.Module, work: Work) -> Places:
     merged = {node for _, merges in work for merge in merges for node in merge.stretch.nodes}
     constants = {node for reading, merges in work for merge in merges for node in _constants(reading, merge)}
-    return Places(model, merged | constants)
+    return Places(model, merged | constants, work[0][0].reach if work else None)
 
 
 def _names(merge: Merge) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _layers_called(reading: Reading, merge: Merge) -> tuple[object, ...]:
     parts = [reading.part(node) for node in nodes]
     if all(node.op == "call_module" and isinstance(part, Unary) for node, part in zip(nodes, parts, strict=True)):
         signal = reading.signal(merge.stretch.source)
-        return (signal.dims, *(id(reading.gm.get_submodule(str(node.target))) for node in nodes), id(reading.gm))
+        return (signal.dims, *(id(reading.effects.modules[node]) for node in nodes), id(reading.gm))
     return (merge.stretch.last,)
 
 
@@ -138,12 +138,16 @@ def _main(reading: Reading, merge: Merge) -> fx.Node:
     return max(merge.stretch.nodes, key=rank)
 
 
-def _flags(reading: Reading, merge: Merge) -> Flags:
-    main = _main(reading, merge)
-    part = reading.part(main)
+def _weight(reading: Reading, merge: Merge) -> Tensor:
+    """The weight that a merged layer takes its dtype and memory format from."""
+    part = reading.part(_main(reading, merge))
     assert isinstance(part, Unary)
-    weight = part.tensors[0]
-    module = reading.gm.get_submodule(str(main.target)) if main.op == "call_module" else reading.gm
+    return part.tensors[0]
+
+
+def _flags(reading: Reading, merge: Merge) -> Flags:
+    main, weight = _main(reading, merge), _weight(reading, merge)
+    module = reading.effects.modules[main] if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
         memory_format=memory_format_of(weight),
@@ -157,7 +161,7 @@ def _flags(reading: Reading, merge: Merge) -> Flags:
 def _parameters(reading: Reading, node: fx.Node) -> list[Tensor]:
     """The parameters that a node computes with."""
     if node.op == "call_module":
-        return list(reading.gm.get_submodule(str(node.target)).parameters())
+        return list(reading.effects.modules[node].parameters())
     sources = [source for source in node.all_input_nodes if source in reading.constants]
     return [tensor for source in sources for tensor in reading.constants.parameters(source)]
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from fxexpand.algebra.affine import Affine, Border, Transposed
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.geometry import DIMS, geometry_of, spread
+from fxexpand.graph.geometry import spread
 from fxexpand.graph.layers import dtype_refusal, has_hooks, is_layer, peculiarity
 from fxexpand.graph.lift import lift_bare, padding_of
 from fxexpand.regions.maps import average, batch_norm_map, padding_map
@@ -72,15 +72,13 @@ def lift_as(module: nn.Module, kernel: object, source: fx.Node) -> Unary | Refus
 
 
 def _lift(module: nn.Module, source: fx.Node) -> Unary | Refusal:
-    kernel, padding = lift_bare(module), padding_of(module)
+    kernel = lift_bare(module)
     if isinstance(kernel, Refusal):
         return kernel
-    if isinstance(module, tuple(DIMS)) and not isinstance(module, nn.Linear) and geometry_of(module).padding_mode:
-        mode, sides = padding or ("zeros", ())
-        if mode != "zeros":
-            return fixed(source, Affine(kernel.detach(), Border(mode, sides)), computes=True)
-        kernel = replace(kernel, padding=sides)
-    return fixed(source, Affine(kernel.detach()), computes=True)
+    mode, sides = padding_of(module) or ("zeros", ())
+    if mode != "zeros":
+        return fixed(source, Affine(kernel.detach(), Border(mode, sides)), computes=True)
+    return fixed(source, Affine(replace(kernel.detach(), padding=sides)), computes=True)
 
 
 def _lift_transposed(module: Any, source: fx.Node) -> Unary | Refusal:

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from torch import fx, nn
 
+from fxexpand.graph.tree import submodule
 from fxexpand.regions.reach import Reach
 from fxexpand.regions.region import Stretch
 
@@ -16,13 +17,13 @@ class Places:
 
     ``merged`` are all nodes that are replaced, and the constants that they are computed with.
 
-    What code without a graph may come by stays where it is; see ``Reach``.
+    What code without a graph may come by stays where it is; see ``Reach``, which is worked out where it is not given.
     """
 
-    def __init__(self, model: nn.Module, merged: set[fx.Node]) -> None:
+    def __init__(self, model: nn.Module, merged: set[fx.Node], reach: Reach | None = None) -> None:
         self.model = model
         self._merged = merged
-        self._reach = Reach(model)
+        self._reach = reach or Reach(model)
         self._graphs = self._reach.graphs
         self._callers = self._calls()
         self._taken: set[tuple[int, str]] = set()
@@ -33,11 +34,11 @@ class Places:
         """Put ``layer`` at ``path`` in ``gm``, for ``nodes``."""
         for node in nodes:
             if node.op == "call_module":
-                self._gone.append((gm, str(node.target), gm.get_submodule(str(node.target))))
+                self._gone.append((gm, str(node.target), submodule(gm, str(node.target))))
             elif node.op == "get_attr":
                 self._read[id(gm), str(node.target)] = gm
         owner, _, name = path.rpartition(".")
-        parent = gm.get_submodule(owner)
+        parent = submodule(gm, owner)
         parent._parameters.pop(name, None)
         parent._modules[name] = layer
 
@@ -52,7 +53,7 @@ class Places:
         for (_, target), gm in self._read.items():  # modules of which only tensors were read, in functional calls
             path = target.rpartition(".")[0]
             if path and _exists(gm, path) and not self._reach.names(gm, path):
-                owner = gm.get_submodule(path)
+                owner = submodule(gm, path)
                 if not (owner._modules or id(owner) in callers or id(owner) in self._reach.modules):
                     gone.add(id(owner))
         self._drop_names(gone)
@@ -89,7 +90,7 @@ class Places:
         """Whether a layer may stand at ``path``: only ``nodes`` call what is there."""
         if (id(gm), path) in self._taken or self._reach.names(gm, path):
             return False
-        for inner in gm.get_submodule(path).modules():
+        for inner in submodule(gm, path).modules():
             callers = self._callers.get(id(inner), set())
             stateful = bool(inner._parameters or inner._buffers)
             if not callers <= nodes or (stateful and not callers) or id(inner) in self._reach.modules:
@@ -99,7 +100,7 @@ class Places:
     def _is_free_parameter(self, gm: fx.GraphModule, path: str) -> bool:
         reads = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) == path]
         alone = all(set(read.users) <= self._merged for read in reads)
-        owner = gm.get_submodule(path.rpartition(".")[0])
+        owner = submodule(gm, path.rpartition(".")[0])
         return (
             alone
             and not self._is_called(owner)
@@ -114,7 +115,7 @@ class Places:
             for node in gm.graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     path = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
-                    callers.setdefault(id(gm.get_submodule(path)), set()).add(node)
+                    callers.setdefault(id(submodule(gm, path)), set()).add(node)
         return callers
 
     def _is_called(self, module: nn.Module) -> bool:
@@ -126,10 +127,10 @@ class Places:
         for gm, path, module in self._gone:
             owner, _, name = path.rpartition(".")
             kept = id(module) in gone or id(module) in self._reach.modules or self._reach.names(gm, path)
-            if not kept and (id(gm), path) not in called and _exists(gm, path) and gm.get_submodule(path) is module:
+            if not kept and (id(gm), path) not in called and _exists(gm, path) and submodule(gm, path) is module:
                 names = [inner for inner, held in gm.named_modules(remove_duplicate=False) if held is module]
                 if len(names) > 1:
-                    del gm.get_submodule(owner)._modules[name]
+                    del submodule(gm, owner)._modules[name]
 
     def _drop_modules(self, gone: set[int], callers: dict[int, set[fx.Node]]) -> set[int]:
         """Take out the modules ``gone``; the containers that are empty now."""
@@ -151,7 +152,7 @@ class Places:
             path, _, name = target.rpartition(".")
             if not _exists(gm, path) or self._reach.names(gm, target):
                 continue
-            owner = gm.get_submodule(path)
+            owner = submodule(gm, path)
             if not self._is_called(owner) and id(owner) not in self._reach.modules:
                 for held in (owner._parameters, owner._buffers):
                     if name in held and id(held[name]) not in read:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import networkx as nx
 from torch import Tensor, fx
 
 from fxexpand.algebra.affine import Affine, pads_itself, without_groups
@@ -74,6 +73,7 @@ class Planner:
         self.reading = reading
         self.regions = Regions(reading)
         self.always = always
+        self._costs: dict[fx.Node, Cost] = {}
 
     def plan(self, nodes: Iterable[fx.Node] | None = None) -> Plan:
         """The plan for ``nodes`` (all of the graph), the last of which come last in the graph."""
@@ -113,25 +113,30 @@ class Planner:
         orders: dict[tuple[int, int], Order] = {}
         edges: dict[tuple[int, int], Cost] = {}
         reasons: dict[tuple[int, int], str] = {}
-        graph: nx.DiGraph[int] = nx.DiGraph()
+        weights, following = [0] * (count + 1), [count] * count  # of the cheapest path from each position to the end
         for start in reversed(range(count)):
             for end in range(start + 1, min(count, start + WINDOW) + 1):
                 maps[start, end] = self._span(elements, maps, orders, start, end)
+                if end == start + 1 and len(elements[start].stretch.nodes) == 1:
+                    continue  # one node: there is nothing to merge
                 cost = self._cost_of_one(elements, maps[start, end], start, end)
-                if isinstance(cost, Refusal):
-                    if not isinstance(elements[start].map, Refusal):
-                        reasons[start, end] = cost.reason
-                elif end > start + 1 or len(elements[start].stretch.nodes) > 1:
+                if not isinstance(cost, Refusal):
                     edges[start, end] = cost
+                elif not isinstance(elements[start].map, Refusal):
+                    reasons[start, end] = cost.reason
             stands = self._as_it_stands(elements[start])
             if (start, start + 1) not in edges or self._weight(stands) <= self._weight(edges[start, start + 1]):
                 edges.pop((start, start + 1), None)
-            graph.add_edge(start, start + 1, weight=self._weight(edges.get((start, start + 1), stands)))
+            steps = {start + 1: weights[start + 1] + self._weight(edges.get((start, start + 1), stands))}
             for end in range(start + 2, min(count, start + WINDOW) + 1):
                 if (start, end) in edges:
                     # Of equals, what stands is left alone.
-                    graph.add_edge(start, end, weight=self._weight(edges[start, end]) + 1)
-        path = nx.shortest_path(graph, 0, count, weight="weight") if count > 1 else [0, 1]
+                    steps[end] = weights[end] + self._weight(edges[start, end]) + 1
+            following[start] = min(steps, key=steps.__getitem__)
+            weights[start] = steps[following[start]]
+        path = [0]
+        while path[-1] < count:
+            path.append(following[path[-1]])
         return self._chosen(elements, path, edges, orders, reasons)
 
     def _element(self, stretch: Stretch) -> _Element:
@@ -189,6 +194,8 @@ class Planner:
     def _change_before_last_read(self, source: fx.Node, nodes: list[fx.Node]) -> fx.Node | None:
         """What changes ``source`` between the first of ``nodes`` and the last that reads its memory."""
         effects, shared, last = self.reading.effects, {source}, nodes[0]
+        if effects.changes_between(source, nodes[0], nodes[-1]) is None:
+            return None
         for node in nodes:
             if not shared.isdisjoint(node.all_input_nodes):
                 last = node
@@ -209,6 +216,11 @@ class Planner:
         return element.inner.cost + self._own_cost(element.stretch.last)
 
     def _own_cost(self, node: fx.Node) -> Cost:
+        if node not in self._costs:
+            self._costs[node] = self._cost_of_node(node)
+        return self._costs[node]
+
+    def _cost_of_node(self, node: fx.Node) -> Cost:
         part = self.reading.parts[node]
         found = self.reading.sketch_of(node) if isinstance(part, Unary) and part.computes else None
         if not isinstance(found, Affine) or not isinstance(part, Unary):

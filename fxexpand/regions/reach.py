@@ -10,6 +10,7 @@ from types import CodeType, FunctionType
 from torch import fx, nn
 
 from fxexpand.graph.layers import is_opaque
+from fxexpand.graph.tree import submodule
 from fxexpand.graph.uses import running
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -46,7 +47,7 @@ class Reach:
         if not taken:
             return False
         above = path.rpartition(".")[0]
-        if not isinstance(gm.get_submodule(above), _CONTAINERS):
+        if not isinstance(submodule(gm, above), _CONTAINERS):
             return not taken.isdisjoint(_WALKS)
         own = {above.rpartition(".")[2]} if above else self._own_names[id(gm)]
         return not taken.isdisjoint(own | _WALKS)

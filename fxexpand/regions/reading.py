@@ -68,7 +68,7 @@ class Reading:
         reach: Reach | None = None,
     ) -> None:
         self.gm = gm
-        self._reach = reach
+        self.reach = reach
         self.shapes = shapes
         self._lifts = lifts
         self._exact = exact or {}
@@ -152,13 +152,13 @@ class Reading:
             return self._calls.lift(node)
         if node.op != "call_module":
             return None
-        module = self.gm.get_submodule(str(node.target))
+        module = self.effects.modules[node]
         source = node.args[0] if node.args else node.kwargs.get("input")
         if len(node.args) + len(node.kwargs) != 1 or not isinstance(source, fx.Node) or source in self.constants:
             return None
-        if self._reach is not None and self._reach.walks(self.gm, str(node.target)):
+        if self.reach is not None and self.reach.walks(self.gm, str(node.target)):
             return Refusal("code that has no graph may run through the modules beside it, and would find others")
-        if any(map(self.constants.changes, (*module.parameters(), *module.buffers()))):
+        if self.constants.changes_any_of(module):
             return Refusal("the graph changes its weight or statistics in place")
         lift = self.lift_of(module)
         if lift is not None:
@@ -199,7 +199,7 @@ def _signals(reading: Reading) -> dict[fx.Node, Signal]:
         if isinstance(part, Unary):
             note(part.source, part.reads)
             note(node, part.gives)
-        elif _flattens(reading.gm, node):
+        elif _flattens(reading, node):
             note(node, Signal(rank=2))
     while waiting:
         node, _ = waiting.popitem()
@@ -234,7 +234,7 @@ def _pass_on(
         here = at(node) if summed else at(node).of_channels(None)
         for source in part.sources:
             note(source, here)
-    elif _keeps_axes(reading.gm, node):
+    elif _keeps_axes(reading, node):
         source = node.all_input_nodes[0]
         note(source, Signal(rank=at(node).rank))
         note(node, Signal(rank=at(source).rank))
@@ -245,18 +245,18 @@ def _total(counts: list[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _keeps_axes(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _keeps_axes(reading: Reading, node: fx.Node) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
     if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target))) in _SAME_AXES
+        return type(reading.effects.modules[node]) in _SAME_AXES
     return getattr(node.target, "__name__", node.target) in _SAME_AXES_CALLS
 
 
-def _flattens(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _flattens(reading: Reading, node: fx.Node) -> bool:
     """Whether the value of ``node`` has two axes: everything but the batch is flattened."""
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = reading.effects.modules[node]
         return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
     if node.target in (torch.flatten, "flatten"):
         given = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | dict(node.kwargs)
