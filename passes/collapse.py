@@ -17,7 +17,7 @@ from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, rewrite, source_of
 from fxexpand.graph.trace import Limits, check_model, open_up
-from fxexpand.graph.traced import copy_model
+from fxexpand.graph.traced import TracedModule, copy_model
 from fxexpand.regions.live_region import LiveRegion
 from fxexpand.regions.reading import Lifts, check_lifts
 from fxexpand.regions.shapes import Shapes, shapes_of
@@ -173,6 +173,7 @@ def _costs(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> S
 def _placed(plan: LivePlan) -> Edit:
     """Give the region its place in the graph module; the edit that calls it."""
     gm, stretch = plan.reading.gm, plan.merge.stretch
+    TracedModule.keep_whole(gm)  # no graph speaks of the layers any more
     name = f"collapsed_{stretch.last.name}"
     while hasattr(gm, name):
         name += "_"

@@ -47,6 +47,18 @@ class TracedModule(fx.GraphModule):
         graph.owning_module = cast(TracedModule, model)
 
     @staticmethod
+    def keep_whole(gm: fx.GraphModule) -> None:
+        """Make a graph module of FX, copies of which hold only what its graph refers to, one that keeps everything."""
+        if not isinstance(gm, TracedModule):
+            made_by_fx = type(gm)  # a class for one instance
+            traced = _blank(made_by_fx.__mro__[1])
+            traced._fill({**_state(gm), "traced_leaves": ()})
+            gm.__class__ = type(traced)
+            vars(gm).clear()
+            vars(gm).update(vars(traced))
+            gm.graph.owning_module = gm
+
+    @staticmethod
     def can_be(model: nn.Module) -> bool:
         """Whether ``model`` has no attribute of a name that graph modules need, and no way of its own to be copied."""
         copied = all(getattr(type(model), name, None) is getattr(nn.Module, name, None) for name in _COPYING)

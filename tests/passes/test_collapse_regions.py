@@ -228,6 +228,16 @@ def test_fuse_takes_it(case: tuple[nn.Module, Tensor, int]) -> None:
     assert torch.allclose(fused(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy])
+def test_copies_of_a_graph_module_of_fx_keep_the_layers(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 3)))
+    fast, x = collapse(model), torch.randn(2, 3)
+    twin = copied(fast)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert torch.equal(twin(x), fast(x))
+    assert torch.allclose(uncollapse(twin)(x), model(x), atol=1e-6)
+
+
 # Modes and hooks that change after it
 
 
