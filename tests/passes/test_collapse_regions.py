@@ -183,7 +183,7 @@ def test_random_graphs(case: linear_graphs.Case, informed: bool) -> None:
         fast = collapse(copy.deepcopy(case.model), *(case.inputs if informed else ()))
     except ExpansionError:
         return  # there is no region in it
-    assert list(fast.state_dict()) == list(case.model.state_dict())
+    assert sorted(fast.state_dict()) == sorted(case.model.state_dict())  # FX's own copies change the order
     for model in (fast, uncollapse(fast)):
         for ours, theirs in zip(after(model, case.inputs), expected, strict=True):
             assert float((ours - theirs).norm()) <= 1e-9 * float(theirs.norm() + 1)
