@@ -17,11 +17,11 @@ from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, rewrite, source_of
 from fxexpand.graph.trace import Limits, check_model, open_up
-from fxexpand.graph.traced import TracedModule, copy_model
+from fxexpand.graph.traced import copy_model
 from fxexpand.regions.live_region import LiveRegion
 from fxexpand.regions.reading import Lifts, check_lifts
 from fxexpand.regions.shapes import Shapes, shapes_of
-from fxexpand.regions.training import LivePlan, StepCosts, plan_regions
+from fxexpand.regions.training import LeftAlone, LivePlan, StepCosts, plan_regions
 
 
 def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = None) -> nn.Module:
@@ -35,9 +35,10 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     nearly what the compact network costs: no wide activations are computed or kept.
 
     Every expansion is a region. So is what ``fuse`` would merge: chains and branches of layers written by hand, with
-    batch norm and dropout as long as they are in eval mode. When one of those is in training mode at a call, the region
-    runs layer by layer at that call. Layers stay under their paths, and take part with the parameters that they have
-    then.
+    batch norm and dropout as long as they are in eval mode. Layers stay under their paths, and take part with the
+    parameters that they have at a call. When something is not as it was then (one of those is in training mode, a layer
+    has hooks, is parametrized, or has been replaced), the region runs layer by layer at that call. Up to 24 layers in a
+    row are one region. As in ``fuse``, ``BatchNorm1d`` after a ``Conv1d`` is taken to see batches.
 
     Composing costs the same whatever the batch, the explicit layers' cost grows with it. With ``example_inputs``, the
     arguments of ``model(...)`` as in training, each region takes the form that makes a step cheaper, by a model of
@@ -49,27 +50,28 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     or where they have hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the
     parameters that it has, differentiably.
 
-    Raises ``ExpansionError`` when there is nothing in the model to collapse, and ``FxExpandError`` when the model does
-    not run on the inputs, or for ``lifts`` of another kind.
+    Raises ``ExpansionError`` when, without inputs, there is nothing in the model to collapse, and ``FxExpandError``
+    when the model does not run on the inputs, or for ``lifts`` of another kind.
     """
     check_model(model, "collapse")
     check_lifts(lifts, "collapse")
     work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
+    release_all(work)  # all are to choose again
     expansions, regions = plan_training(work, shapes_of(work, example_inputs, "collapse"), lifts)
     planned = [entry.plan for entry in expansions if isinstance(entry.plan, _Plan)]
     reasons = [f"{entry.path}: {entry.plan}" for entry in expansions if isinstance(entry.plan, Refusal)]
-    done = any(isinstance(module, (Collapsed, LiveRegion)) for module in work.modules())
-    if not (example_inputs or planned or regions or done):
+    if not (example_inputs or planned or any(isinstance(region, LivePlan) for region in regions)):
         if reasons:
             raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
         raise ExpansionError(
             "collapse: expected a model with linear layers in a row, found no expanded layer and no region in it that "
-            "one layer could compute. Expand it first; explain(model) tells what is in the way."
+            "one layer could compute. Expand it first; explain(model.train()) tells what is in the way."
         )
     for plan in planned:
         Collapsed.adopt(plan.expanded, plan.order)
     edits = [edit for plan in planned for edit in plan.edits]
-    rewrite([*edits, *(_placed(plan) for plan in regions if plan.costs is None or plan.costs.dearer is None)])
+    cheaper = [region for region in regions if isinstance(region, LivePlan) and region.refusal is None]
+    rewrite([*edits, *map(_placed, cheaper)])
     return work
 
 
@@ -99,16 +101,32 @@ def release_all(work: nn.Module) -> None:
 
 def release_regions(work: nn.Module) -> None:
     """The same for the regions that are no expansions."""
-    regions = [module for module in work.modules() if isinstance(module, LiveRegion)]
+    called = [(gm, node, found) for gm in _graphs(work) for node, found in regions_of(gm)]
     rewrite(
-        Edit(gm, (node,), (RecordStep(region.record),))
-        for region in regions
-        for gm in _graphs(work)
-        for node in _calls(gm, region)
+        Edit(gm, (node,), (RecordStep(found.record, _held(node)),), source=_input(node)) for gm, node, found in called
     )
-    for owner in list(work.modules()) if regions else ():
-        for name in [name for name, child in owner._modules.items() if isinstance(child, LiveRegion)]:
-            del owner._modules[name]
+    for gm, node, _ in called:
+        owner, _, name = str(node.target).rpartition(".")
+        holder = gm.get_submodule(owner)
+        vars(holder).pop(name, None)
+        holder._modules.pop(name, None)
+
+
+def regions_of(gm: fx.GraphModule) -> list[tuple[fx.Node, LiveRegion]]:
+    """The regions that the graph calls, and the nodes that do."""
+    calls = [(node, gm.get_submodule(str(node.target))) for node in gm.graph.nodes if node.op == "call_module"]
+    return [(node, module) for node, module in calls if isinstance(module, LiveRegion)]
+
+
+def _input(node: fx.Node) -> fx.Node:
+    value = node.args[0]
+    assert isinstance(value, fx.Node), "a region reads a value of the graph"
+    return value
+
+
+def _held(node: fx.Node) -> tuple[str, ...]:
+    """The paths of what a region is composed of, as the node that calls it tells them."""
+    return tuple(str(read.target) for read in node.args[1:] if isinstance(read, fx.Node))
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ class PlannedExpansion:
 
 def plan_training(
     work: nn.Module, shapes: Shapes, lifts: Lifts | None
-) -> tuple[list[PlannedExpansion], list[LivePlan]]:
+) -> tuple[list[PlannedExpansion], list[LivePlan | LeftAlone]]:
     """What can run as one layer in ``work``: its expansions, and the other regions of its graphs."""
     found = [module for module in work.modules() if isinstance(module, Expanded)]
     inner = {id(child) for module in found for child in module.modules() if child is not module}
@@ -171,15 +189,17 @@ def _costs(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> S
 
 
 def _placed(plan: LivePlan) -> Edit:
-    """Give the region its place in the graph module; the edit that calls it."""
+    """Give the region a name in the graph module; the edit that calls it with what it is composed of."""
     gm, stretch = plan.reading.gm, plan.merge.stretch
-    TracedModule.keep_whole(gm)  # no graph speaks of the layers any more
     name = f"collapsed_{stretch.last.name}"
     while hasattr(gm, name):
         name += "_"
-    gm.add_module(name, plan.region)
-    plan.region.train(gm.training)
-    return Edit(gm, stretch.nodes, (ModuleStep(name),), source=stretch.source, constants=plan.constants)
+    if isinstance(gm, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        vars(gm)[name] = plan.region  # a child would be one of its layers
+    else:
+        gm.add_module(name, plan.region)
+    step = ModuleStep(name, plan.region.record.paths)
+    return Edit(gm, stretch.nodes, (step,), source=stretch.source, constants=plan.constants)
 
 
 def _opened(gm: fx.GraphModule, node: fx.Node, expanded: Expanded) -> Edit:

@@ -19,7 +19,7 @@ from fxexpand.regions.install import MERGED, label, paths_of
 from fxexpand.regions.plan import Plan
 from fxexpand.regions.reading import Lifts, Reading
 from fxexpand.regions.shapes import shapes_of
-from fxexpand.regions.training import StepCosts
+from fxexpand.regions.training import LivePlan, StepCosts
 
 
 def explain(
@@ -58,10 +58,12 @@ def _trained(model: nn.Module, example_inputs: tuple[object, ...], lifts: Lifts 
         yield Trained(entry.path, (), _totals(entry.costs), reason)
     prefixes = {id(module): path for path, module in work.named_modules()}
     for region in regions if model.training else ():
-        prefix = prefixes[id(region.reading.gm)]
-        names = tuple(_join(prefix, label(node)) for node in region.merge.stretch.nodes)
-        dearer = None if region.costs is None else region.costs.dearer
-        yield Trained(names[-1], names, _totals(region.costs), "" if dearer is None else str(dearer))
+        prefix = prefixes[id(region.gm)]
+        names = tuple(_join(prefix, label(node)) for node in region.nodes)
+        if isinstance(region, LivePlan):
+            yield Trained(names[-1], names, _totals(region.costs), str(region.refusal or ""))
+        else:
+            yield Trained(names[-1], names, None, region.reason.reason)
 
 
 def _totals(costs: StepCosts | None) -> tuple[int, int] | None:

@@ -47,14 +47,17 @@ class Composition:
         whole = _planned(order, chain, steps)
         return None if whole is None else _laid_out(tuple(steps), [kernel.bias is not None for kernel in chain])
 
+    def fits(self, biases: Sequence[Tensor | None]) -> bool:
+        """Whether the layers that had a bias have one, and no others: with more of them it may not be exact."""
+        return tuple(slot for slot, bias in enumerate(biases) if bias is not None) == self.given
+
     def __call__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the whole, from those of the layers."""
+        """(weight, bias) of the whole, from those of the layers. Raises ``ValueError`` where biases do not fit."""
+        if not self.fits(biases):
+            raise ValueError(f"expected biases of the layers {self.given}, and no others")
         if not self.steps:
             return weights[0], biases[0]
-        given = [bias for bias in biases if bias is not None]
-        if any((biases[slot] is None) != (source is None) for slot, source in enumerate(self.sources[: self.layers])):
-            return _laid_out(self.steps, [bias is not None for bias in biases])(weights, biases)
-        made = _Composed.apply(self, *weights, *given)
+        made = _Composed.apply(self, *weights, *(biases[slot] for slot in self.given))
         last = self.sources[-1]
         if last is None or last < self.layers:
             return made[len(self.steps) - 1], None if last is None else biases[last]
@@ -194,9 +197,17 @@ def _pushed(how: Composition, tensors: Sequence[Tensor], tangents: Sequence[Tens
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(made, found, strict=True))
 
 
+def is_followed() -> bool:
+    """Whether a compiler follows what runs: it sees through checks, and through plain operations better than through
+    a function of ours.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def exact_products(device: str) -> AbstractContextManager[None]:
     """No autocast: bfloat16 products would lose four digits."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxexpand.algebra.composition import Composition, exact_products
+from fxexpand.algebra.composition import Composition, exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel, pad_amounts
 from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
-from fxexpand.graph.layers import has_hooks
+from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.lift import lift_bare
 
 
@@ -26,11 +25,12 @@ class Collapsed(Expanded):
 
     The same children, parameters and ``state_dict`` keys, the same gradients, and no wide activations. It composes in
     the dtype of the parameters, also under autocast, and never keeps the result: weights may change in ways that no
-    version counter sees. As soon as a layer has hooks, which composing would not call, the layers run in turn.
+    version counter sees. When a layer is not as it was (it has hooks, or is another one) all run in turn.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         _recipe: tuple[tuple[tuple[str, ...], Ints, Ints, int], ...]
+        _expected: tuple[tuple[tuple[str, ...], Fingerprint], ...]
         _order: Order
         _composition: Composition | None
         _entry: tuple[list[int], str] | None
@@ -47,6 +47,8 @@ class Collapsed(Expanded):
         expanded.__class__ = Collapsed
         state: dict[str, Any] = vars(expanded)
         sketches = _sketches(expanded)
+        inside = [(path, module) for path, module in expanded.named_modules() if path]
+        state["_expected"] = tuple((tuple(path.split(".")), Fingerprint.of(module)) for path, module in inside)
         state["_order"] = order
         state["_composition"] = Composition.of(order, sketches)
         state["_recipe"] = tuple(
@@ -66,19 +68,19 @@ class Collapsed(Expanded):
 
     def release(self) -> None:
         """Make it run layer by layer again."""
-        for name in ("_order", "_composition", "_recipe", "_entry"):
+        for name in ("_expected", "_order", "_composition", "_recipe", "_entry"):
             del vars(self)[name]
         self.__class__ = Expanded  # type: ignore[assignment]  # that is the point
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         geometry = self.origin.geometry
-        layers = [self._at(names) for names, *_ in self._recipe]
-        if any(map(has_hooks, layers)):
+        traced = isinstance(cast(object, input), fx.Proxy)
+        if traced or not all(expected.matches(self._at(at)) for at, expected in self._expected):
             found: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return found
         with exact_products(input.device.type):
-            weight, bias = self._composed(layers)
+            weight, bias = self._composed()
         if geometry.dims == 0:
             return F.linear(input, weight, bias)
         padding = tuple(before for before, _ in geometry.padding)
@@ -88,9 +90,10 @@ class Collapsed(Expanded):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[geometry.dims - 1]
         return convolve(input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
 
-    def _composed(self, layers: list[Any]) -> tuple[Tensor, Tensor | None]:
+    def _composed(self) -> tuple[Tensor, Tensor | None]:
+        layers: list[Any] = [self._at(names) for names, *_ in self._recipe]
         # A compiler sees through the checks, and through plain operations better than through a function of ours.
-        if self._composition is not None and not torch.compiler.is_compiling():
+        if self._composition is not None and not is_followed():
             return self._composition([layer.weight for layer in layers], [layer.bias for layer in layers])
         kernels = [
             Kernel(layer.weight, layer.bias, stride, (), dilation, groups)

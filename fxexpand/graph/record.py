@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 
@@ -17,67 +17,63 @@ class _Value:
     position: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Recorded:
-    """A node. ``owner`` is the module that a node calls, or that holds the attribute ``name`` that it reads."""
+    """A node. ``held`` is the position of the module that it calls, or of the attribute that it reads."""
 
     op: str
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    node_name: str
-    owner: nn.Module | None = None
+    name: str
+    held: int | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Record:
-    """``nodes`` of a graph module that read ``source`` alone, and attributes; the last one gives their value."""
+    """``nodes`` of a graph that read one value and attributes of the graph module; the last one gives their value.
+
+    What they call and read is not in here: ``paths`` says where it was. It is handed in as ``held``, in the same order.
+    """
 
     nodes: tuple[_Recorded, ...]
+    paths: tuple[str, ...]
 
     @staticmethod
-    def of(gm: fx.GraphModule, nodes: Iterable[fx.Node], source: fx.Node) -> Record:
-        """The record of ``nodes``, which come in the order of the graph."""
+    def of(nodes: Iterable[fx.Node], source: fx.Node) -> Record:
+        """The record of ``nodes``, in the order of the graph, that read ``source``."""
         positions = {source: 0}
         found: list[_Recorded] = []
+        paths: dict[str, int] = {}
         for node in nodes:
             args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _positioned(a, positions))
-            owner = None
-            if node.op == "call_module":
-                owner = gm.get_submodule(str(node.target))
-            elif node.op == "get_attr":
-                owner = gm.get_submodule(str(node.target).rpartition(".")[0])
-            found.append(_Recorded(node.op, node.target, args, dict(kwargs), node.name, owner))
+            held = None
+            if node.op in ("call_module", "get_attr"):
+                held = paths.setdefault(str(node.target), len(paths))
+            found.append(_Recorded(node.op, node.target, args, dict(kwargs), node.name, held))
             positions[node] = len(found)
-        return Record(tuple(found))
+        return Record(tuple(found), tuple(paths))
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that the nodes call."""
-        return tuple(node.owner for node in self.nodes if node.op == "call_module" and node.owner is not None)
-
-    def run(self, x: Tensor) -> Any:
+    def run(self, x: Tensor, held: Sequence[Any]) -> Any:
         """What the nodes compute from ``x``."""
         values: list[Any] = [x]
         for node in self.nodes:
             args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _looked_up(a, values))
-            if node.op == "call_module":
-                assert node.owner is not None
-                values.append(node.owner(*args, **kwargs))
-            elif node.op == "get_attr":
-                values.append(getattr(node.owner, node.target.rpartition(".")[2]))
+            if node.held is not None:
+                values.append(held[node.held](*args, **kwargs) if node.op == "call_module" else held[node.held])
             elif node.op == "call_method":
                 values.append(getattr(args[0], node.target)(*args[1:], **kwargs))
             else:
                 values.append(node.target(*args, **kwargs))
         return values[-1]
 
-    def emit(self, graph: fx.Graph, source: fx.Node) -> fx.Node:
-        """Put the nodes into ``graph``, at its insertion point, to read ``source``."""
+    def emit(self, graph: fx.Graph, source: fx.Node, paths: Sequence[str]) -> fx.Node:
+        """Put the nodes into ``graph``, at its insertion point, to read ``source``; ``paths`` say where things are."""
         values: list[Any] = [source]
         for node in self.nodes:
             args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _looked_up(a, values))
-            values.append(graph.create_node(node.op, node.target, args, kwargs, node.node_name))
+            target = node.target if node.held is None else paths[node.held]
+            values.append(graph.create_node(node.op, target, args, kwargs, node.name))
         last: fx.Node = values[-1]
         return last
 

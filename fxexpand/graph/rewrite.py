@@ -16,9 +16,10 @@ _VALUE_META = frozenset({"val", "tensor_meta", "example_value", "type"})
 
 @dataclass(frozen=True)
 class ModuleStep:
-    """Call the module at ``path`` (in the graph module) on the value before."""
+    """Call the module at ``path`` (in the graph module) on the value before, and on the attributes at these paths."""
 
     path: str
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class FunctionStep:
 
 @dataclass(frozen=True)
 class RecordStep:
-    """Put the nodes of a record back, to read the value before."""
+    """Put the nodes of a record back, to read the value before; ``paths`` are where the things it holds are now."""
 
     record: Record
+    paths: tuple[str, ...]
 
 
 EditStep: TypeAlias = "ModuleStep | FunctionStep | RecordStep"
@@ -112,8 +114,8 @@ def source_of(node: fx.Node) -> fx.Node:
 
 def _emit(graph: fx.Graph, value: fx.Node, step: EditStep) -> fx.Node:
     if isinstance(step, RecordStep):
-        return step.record.emit(graph, value)
+        return step.record.emit(graph, value, step.paths)
     if isinstance(step, ModuleStep):
-        return graph.call_module(step.path, (value,))
+        return graph.call_module(step.path, (value, *map(graph.get_attr, step.attributes)))
     tensors = [None if path is None else graph.get_attr(path) for path in step.attributes]
     return graph.call_function(step.function, (value, *tensors), dict(step.settings))

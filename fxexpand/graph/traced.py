@@ -47,18 +47,6 @@ class TracedModule(fx.GraphModule):
         graph.owning_module = cast(TracedModule, model)
 
     @staticmethod
-    def keep_whole(gm: fx.GraphModule) -> None:
-        """Make a graph module of FX, copies of which hold only what its graph refers to, one that keeps everything."""
-        if not isinstance(gm, TracedModule):
-            made_by_fx = type(gm)  # a class for one instance
-            traced = _blank(made_by_fx.__mro__[1])
-            traced._fill({**_state(gm), "traced_leaves": ()})
-            gm.__class__ = type(traced)
-            vars(gm).clear()
-            vars(gm).update(vars(traced))
-            gm.graph.owning_module = gm
-
-    @staticmethod
     def can_be(model: nn.Module) -> bool:
         """Whether ``model`` has no attribute of a name that graph modules need, and no way of its own to be copied."""
         copied = all(getattr(type(model), name, None) is getattr(nn.Module, name, None) for name in _COPYING)
@@ -75,7 +63,8 @@ class TracedModule(fx.GraphModule):
 
     def __copy__(self) -> TracedModule:
         twin = _blank(self.traced_class)
-        twin._fill({**_state(self), "_graph": copy.deepcopy(self.graph)})
+        own = {name: copy.copy(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
+        twin._fill({**_state(self), **own, "_graph": copy.deepcopy(self.graph)})
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:

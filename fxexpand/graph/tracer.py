@@ -56,6 +56,11 @@ class ReplayTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
 
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Also of a module that the root holds as a plain attribute, as a container does that must not get a child."""
+        held = [name for name, value in vars(self.root).items() if value is mod]
+        return held[0] if held else super().path_of_module(mod)
+
     def create_arg(self, a: Any) -> Any:
         if type(a) is OrderedDict:  # FX would make a plain dict of it
             items = [(key, super(ReplayTracer, self).create_arg(value)) for key, value in a.items()]

@@ -1,10 +1,13 @@
-"""Linear nodes the maps of which are made anew at each call, of the parameters as they are then, differentiably."""
+"""Linear nodes the maps of which are made anew at each call, of the parameters as they are then, differentiably.
+
+What they compute with is handed in as ``held``: modules and tensors by position, as ``Record`` numbers them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,13 @@ from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_serie
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.record import Record
 from fxexpand.regions.maps import depthwise, normalizing, shaped
-from fxexpand.regions.parts import Join, Unary
+from fxexpand.regions.parts import Join
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.region import Stretch
+
+Held: TypeAlias = Sequence[Any]
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -27,66 +33,79 @@ _PRODUCTS = ("matmul", "mm")
 class LiveMap(Protocol):
     """What gives the map of a node."""
 
-    def map(self) -> Affine | None:
+    def map(self, held: Held) -> Affine | None:
         """The map, of the tensors as they are now; None where it leaves its input as it is."""
 
 
 @dataclass(frozen=True, eq=False)
-class Weighted:
-    """A layer: ``weight`` and ``bias`` are the owner and the name of a tensor, ``like`` is the map without numbers.
-
-    ``turned``: the weight of a matrix product ``x @ w`` is that of a linear layer, transposed.
-    """
+class Layer:
+    """A layer that is a module; ``like`` is its map without numbers."""
 
     like: Affine
-    weight: tuple[nn.Module, str]
-    bias: tuple[nn.Module, str] | None
-    turned: bool = False
+    module: int
 
-    def map(self) -> Affine:
-        weight = cast(Tensor, getattr(*self.weight))
-        bias = None if self.bias is None else cast("Tensor | None", getattr(*self.bias))
-        if self.turned:
-            weight = weight.t()
-        elif self.like.transposed is not None:  # (m, n/g, *k) -> (n, m/g, *k)
+    def map(self, held: Held) -> Affine:
+        module = held[self.module]
+        weight: Tensor = module.weight
+        if self.like.transposed is not None:  # (m, n/g, *k) -> (n, m/g, *k)
             weight = weight.unflatten(0, (self.like.kernel.groups, -1)).transpose(1, 2).flatten(0, 1)
-        return replace(self.like, kernel=replace(self.like.kernel, weight=weight, bias=bias))
+        return replace(self.like, kernel=replace(self.like.kernel, weight=weight, bias=module.bias))
+
+
+@dataclass(frozen=True, eq=False)
+class Called:
+    """A call with a weight, and perhaps a bias; ``turned``: ``x @ w``, in which a linear layer's is transposed."""
+
+    like: Affine
+    weight: int
+    bias: int | None
+    turned: bool
+
+    def map(self, held: Held) -> Affine:
+        weight: Tensor = held[self.weight]
+        bias = None if self.bias is None else held[self.bias]
+        return replace(
+            self.like, kernel=replace(self.like.kernel, weight=weight.t() if self.turned else weight, bias=bias)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Normalizing:
     """Batch norm in eval mode, on ``dims`` spatial axes."""
 
-    norm: Any
+    module: int
     dims: int
 
-    def map(self) -> Affine:
-        norm = self.norm
+    def map(self, held: Held) -> Affine:
+        norm = held[self.module]
         scale, shift = normalizing(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         return depthwise(scale, shift, self.dims)
 
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A map without parameters, in the dtype and on the device of the tensor that ``beside`` owns."""
+    """A map without parameters, in the dtype and on the device that the weight of ``beside`` has."""
 
     affine: Affine | None
-    beside: tuple[nn.Module, str]
+    beside: Layer | Called
 
-    def map(self) -> Affine | None:
-        tensor = cast(Tensor, getattr(*self.beside))
-        return None if self.affine is None else self.affine.to(dtype=tensor.dtype, device=tensor.device)
+    def map(self, held: Held) -> Affine | None:
+        weight = self.beside.map(held).kernel.weight
+        return None if self.affine is None else self.affine.to(dtype=weight.dtype, device=weight.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Taught:
-    """A module of the user's, and what the user says that it does."""
+    """A module of the user's, and what the user says that it does; in the dtype of its parameters."""
 
-    module: nn.Module
+    module: int
     lift: Callable[[Any], Kernel]
 
-    def map(self) -> Affine:
-        return Affine(self.lift(self.module))
+    def map(self, held: Held) -> Affine:
+        module = held[self.module]
+        first = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+        kernel = self.lift(module)
+        return Affine(kernel if first is None else kernel.to(dtype=first.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,25 +121,41 @@ class LiveStep:
     factors: tuple[float, ...] | None = None
 
 
-def map_of_steps(steps: tuple[LiveStep, ...]) -> Affine | None:
-    """The one map of a stretch. Its exactness is known: ``map_between`` has composed the same without numbers."""
-    maps: list[Affine | None] = [None]
+def map_of_steps(steps: tuple[LiveStep, ...], held: Held) -> Affine | Refusal | None:
+    """The one map of a stretch, as ``map_between`` composes it without numbers."""
+    maps: list[Affine | Refusal | None] = [None]
     for step in steps:
-        if step.live is not None:
-            own, before = step.live.map(), maps[step.sources[0]]
-            maps.append(own if before is None else before if own is None else _one(in_series(before, own)))
-        else:
-            factors = step.factors or (1.0,) * len(step.sources)
-            combine = in_concatenation if step.factors is None else in_sum
-            branches = [times(cast(Affine, maps[i]), f) for i, f in zip(step.sources, factors, strict=True)]
-            whole = branches[0]
-            for branch in branches[1:]:
-                whole = _one(combine(whole, branch))
-            maps.append(whole)
+        found = _joined(step, maps) if step.live is None else _applied(step.live.map(held), maps[step.sources[0]])
+        if isinstance(found, Refusal):
+            return found
+        maps.append(found)
     return maps[-1]
 
 
-def live_steps(reading: Reading, stretch: Stretch, beside: tuple[nn.Module, str]) -> tuple[LiveStep, ...] | Refusal:
+def _applied(own: Affine | None, before: Affine | Refusal | None) -> Affine | Refusal | None:
+    if isinstance(before, Refusal) or own is None:
+        return before
+    return own if before is None else in_series(before, own)
+
+
+def _joined(step: LiveStep, maps: list[Affine | Refusal | None]) -> Affine | Refusal:
+    factors = step.factors or (1.0,) * len(step.sources)
+    combine = in_concatenation if step.factors is None else in_sum
+    whole: Affine | None = None
+    for i, factor in zip(step.sources, factors, strict=True):
+        branch = maps[i]
+        assert isinstance(branch, Affine), "a branch that is the input itself has an identity of its own"
+        together = times(branch, factor) if whole is None else combine(whole, times(branch, factor))
+        if isinstance(together, Refusal):
+            return together
+        whole = together
+    assert whole is not None
+    return whole
+
+
+def live_steps(
+    reading: Reading, stretch: Stretch, record: Record, beside: Layer | Called | None
+) -> tuple[LiveStep, ...] | Refusal:
     """The steps of ``stretch``. A branch that is the input itself is an identity, of the dtype that ``beside`` has."""
     steps: list[LiveStep] = []
     positions = {stretch.source: 0}
@@ -132,13 +167,13 @@ def live_steps(reading: Reading, stretch: Stretch, beside: tuple[nn.Module, str]
             for i, source in enumerate(sources):
                 if source in bare:
                     known = shaped(reading.signal(stretch.source))
-                    if isinstance(known, Refusal):
-                        return known
+                    if isinstance(known, Refusal) or beside is None:
+                        return known if isinstance(known, Refusal) else _NO_DTYPE
                     steps.append(LiveStep((0,), Constant(identity(*known), beside)))
                     sources[i] = len(steps)
             steps.append(LiveStep(tuple(sources), None, part.factors))
         else:
-            live = live_map(reading, node, beside)
+            live = live_map(reading, node, record, beside)
             if isinstance(live, Refusal):
                 return live
             steps.append(LiveStep(tuple(sources), live))
@@ -148,70 +183,58 @@ def live_steps(reading: Reading, stretch: Stretch, beside: tuple[nn.Module, str]
     return tuple(steps)
 
 
-def live_map(reading: Reading, node: fx.Node, beside: tuple[nn.Module, str] | None) -> LiveMap | Refusal:
+def live_map(reading: Reading, node: fx.Node, record: Record, beside: Layer | Called | None) -> LiveMap | Refusal:
     """What gives the map of a unary node at each call, or why nothing does."""
     like = reading.sketch_of(node)
     if isinstance(like, Refusal):
         return like
     if node.op == "call_module":
         module = reading.gm.get_submodule(str(node.target))
-        lift = reading.lift_of(module)
+        held, lift = record.paths.index(str(node.target)), reading.lift_of(module)
         if lift is not None:
-            return Taught(module, lift)
+            return Taught(held, lift)
         if isinstance(module, _NORMS):
-            return Normalizing(module, like.dims) if like is not None else Refusal("it does nothing")
+            return Normalizing(held, like.dims) if like is not None else Refusal("it does nothing")
         if like is not None and next(module.parameters(), None) is not None:
             own = isinstance(module, tuple(DIMS)) or like.transposed is not None
-            return Weighted(like, (module, "weight"), (module, "bias")) if own else Refusal(_CODE)
+            return Layer(like, held) if own else CODE
     elif any(source in reading.constants for source in node.all_input_nodes):
-        return _called(reading, node, like)
+        return _called(node, record, like)
     exact = reading.map_of(node)
     assert not isinstance(exact, Refusal)
-    return Constant(exact, beside) if beside is not None else Refusal("nothing tells its dtype")
+    return Constant(exact, beside) if beside is not None else _NO_DTYPE
 
 
-_CODE = "collapse composes layers, F.conv, F.linear and matrix products of parameters, not what code makes of them"
+# Why what code makes of parameters is left alone.
+CODE = Refusal(
+    "collapse composes layers, F.conv, F.linear and matrix products of parameters, not what code makes of them"
+)
+_NO_DTYPE = Refusal("no layer beside it tells its dtype")
 
 
-def weight_beside(reading: Reading, nodes: tuple[fx.Node, ...]) -> tuple[nn.Module, str] | None:
-    """The owner and name of the first weight that ``nodes`` compute with."""
+def weight_beside(reading: Reading, nodes: Sequence[fx.Node], record: Record) -> Layer | Called | None:
+    """The first layer among ``nodes``."""
     for node in nodes:
-        part = reading.part(node)
-        if isinstance(part, Unary) and part.computes:
-            found = live_map(reading, node, None)
-            if isinstance(found, Weighted):
-                return found.weight
-            if isinstance(found, Taught):
-                tensors = dict(found.module.named_parameters())
-                return next((_owner(found.module, name) for name in tensors), None)
+        if reading.part(node) is not None and not isinstance(reading.part(node), Join):
+            found = live_map(reading, node, record, None)
+            if isinstance(found, (Layer, Called)):
+                return found
     return None
 
 
-def _called(reading: Reading, node: fx.Node, like: Affine | None) -> LiveMap | Refusal:
+def _called(node: fx.Node, record: Record, like: Affine | None) -> LiveMap | Refusal:
     """A call of a function with a weight that is an attribute."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     product = name in _PRODUCTS
     if like is None or not (node.target in _CONVOLUTIONS or node.target is F.linear or product):
-        return Refusal(_CODE)
+        return CODE
     names = ("input", "mat2" if node.target is torch.mm else "other") if product else ("input", "weight", "bias")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    owners = []
+    held: list[int | None] = []
     for key in names[1:]:
         value = given.get(key)
-        if value is None:
-            continue
-        if not (isinstance(value, fx.Node) and value.op == "get_attr"):
-            return Refusal(_CODE)
-        owners.append(_owner(reading.gm, str(value.target)))
-    return Weighted(like, owners[0], owners[1] if len(owners) > 1 else None, turned=product)
-
-
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    above, _, name = path.rpartition(".")
-    return module.get_submodule(above), name
-
-
-def _one(found: Affine | Refusal) -> Affine:
-    if isinstance(found, Refusal):
-        raise RuntimeError(f"a region that was one layer is none any more: {found}")
-    return found
+        if value is not None and not (isinstance(value, fx.Node) and value.op == "get_attr"):
+            return CODE
+        held.append(None if value is None else record.paths.index(str(value.target)))
+    weight, bias = held[0], held[1] if len(held) > 1 else None
+    return CODE if weight is None else Called(like, weight, bias, product)

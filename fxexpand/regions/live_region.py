@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.composition import Composition, exact_products
+from fxexpand.algebra.composition import Composition, exact_products, is_followed
+from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.order import Order, compose_in
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.layers import has_hooks
+from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import LiveStep, map_of_steps
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a region is composed: the steps of its ``parts``, in ``order``; ``like`` is the whole without numbers.
+
+    ``rank`` is the number of axes that its input has to have, where that matters.
+    """
+
+    parts: tuple[tuple[LiveStep, ...], ...]
+    order: Order
+    composition: Composition | None
+    like: Affine
+    rank: int | None
 
 
 class LiveRegion(nn.Module):
@@ -22,54 +37,68 @@ class LiveRegion(nn.Module):
 
         y = bn(conv_2(conv_1(x)))  becomes  y = (bn ∘ conv_2 ∘ conv_1)(x)
 
-    The layers stay where they are in the model: this module has no parameters and no ``state_dict`` keys of its own.
-    ``parts`` are composed in ``order``, ``like`` is the whole without numbers. As soon as one of ``switches`` (batch
-    norm, dropout), which were in eval mode, is in training mode, the region is no one layer: ``record`` runs instead.
-    So it does for a layer that has got hooks, which composing would not call.
+    The layers stay where they are in the model, and are handed in: ``forward(x, conv_1, conv_2, bn)``. So whoever reads
+    the graph sees what it depends on, and this module has no parameters of its own. When anything is not as it was
+    planned (a layer that is another one, or has hooks, batch norm in training mode), the layers run in turn.
     """
 
     if TYPE_CHECKING:
-        _parts: tuple[tuple[LiveStep, ...], ...]
-        _order: Order
-        _composition: Composition | None
-        _like: Affine
+        _recipe: Recipe
         _record: Record
-        _switches: tuple[nn.Module, ...]
+        _expected: tuple[Fingerprint | tuple[int, ...], ...]
 
-    def __init__(
-        self,
-        parts: tuple[tuple[LiveStep, ...], ...],
-        order: Order,
-        composition: Composition | None,
-        like: Affine,
-        record: Record,
-        switches: tuple[nn.Module, ...],
-    ) -> None:
+    def __init__(self, recipe: Recipe, record: Record, held: Sequence[Any]) -> None:
         super().__init__()
-        # In tuples and other values, not as children: they belong to the model, under the paths that they have there.
-        self._parts, self._order, self._composition = parts, order, composition
-        self._like, self._record, self._switches = like, record, switches
+        self._recipe, self._record = recipe, record
+        self._expected = tuple(tuple(x.shape) if isinstance(x, Tensor) else Fingerprint.of(x) for x in held)
 
     @property
     def record(self) -> Record:
         """The nodes that it stands for."""
         return self._record
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
+    def forward(self, input: Tensor, *held: Any) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output, (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
-        if any(module.training for module in self._switches) or any(map(has_hooks, self._record.modules)):
-            found: Tensor = self._record.run(input)
-            return found
+        if not self._is_as_planned(input, held):
+            return self._in_turn(input, held)
         with exact_products(input.device.type):
-            weight, bias = self._composed()
-        return replace(self._like, kernel=replace(self._like.kernel, weight=weight, bias=bias)).apply(input)
+            kernel = self._composed(held)
+        if isinstance(kernel, Refusal):
+            return self._in_turn(input, held)
+        return replace(self._recipe.like, kernel=kernel).apply(input)
 
-    def _composed(self) -> tuple[Tensor, Tensor | None]:
-        maps = [map_of_steps(steps) for steps in self._parts]
-        kernels = [found.kernel for found in maps if found is not None]
-        if self._composition is not None and not torch.compiler.is_compiling():
-            return self._composition([kernel.weight for kernel in kernels], [kernel.bias for kernel in kernels])
-        whole = compose_in(self._order, kernels)
-        if isinstance(whole, Refusal):
-            raise RuntimeError(f"a region that was one layer is none any more: {whole}")
-        return whole.weight, whole.bias
+    def _in_turn(self, x: Tensor, held: Sequence[Any]) -> Tensor:
+        found: Tensor = self._record.run(x, held)
+        return found
+
+    def _is_as_planned(self, x: Tensor, held: Sequence[Any]) -> bool:
+        if isinstance(cast(object, x), fx.Proxy) or self._recipe.rank not in (None, x.dim()):
+            return False
+        for expected, found in zip(self._expected, held, strict=True):
+            if isinstance(expected, Fingerprint):
+                if not expected.matches(found):
+                    return False
+            elif found is None or tuple(found.shape) != expected:
+                return False
+        return True
+
+    def _composed(self, held: Sequence[Any]) -> Kernel | Refusal:
+        maps: list[Affine] = []
+        for steps in self._recipe.parts:
+            found = map_of_steps(steps, held)
+            if not isinstance(found, Affine):
+                return found or Refusal("it leaves its input as it is")
+            maps.append(found)
+        kernels = [found.kernel for found in maps]
+        if len({kernel.weight.dtype for kernel in kernels}) > 1:
+            return Refusal("its layers have several dtypes")
+        weights, biases = [kernel.weight for kernel in kernels], [kernel.bias for kernel in kernels]
+        how = self._recipe.composition
+        if how is not None and how.fits(biases) and not is_followed():
+            weight, bias = how(weights, biases)
+        else:
+            whole = compose_in(self._recipe.order, kernels)
+            if isinstance(whole, Refusal):
+                return whole
+            weight, bias = whole.weight, whole.bias
+        return replace(self._recipe.like.kernel, weight=weight, bias=bias)

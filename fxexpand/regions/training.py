@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
+from typing import cast
 
 from torch import fx, nn
 
@@ -16,11 +18,11 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step, composed_step
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.record import Record
-from fxexpand.graph.uses import running
-from fxexpand.regions.live import LiveStep, live_map, live_steps, weight_beside
-from fxexpand.regions.live_region import LiveRegion
+from fxexpand.regions.live import CODE, LiveStep, live_map, live_steps, weight_beside
+from fxexpand.regions.live_region import LiveRegion, Recipe
 from fxexpand.regions.parts import Join, Unary
 from fxexpand.regions.plan import Merge, Planner
+from fxexpand.regions.reach import Reach
 from fxexpand.regions.reading import Lifts, Reading
 from fxexpand.regions.region import map_between, map_of_parts
 from fxexpand.regions.shapes import Shapes
@@ -55,72 +57,101 @@ class LivePlan:
     constants: frozenset[fx.Node]
     costs: StepCosts | None
 
+    @property
+    def gm(self) -> fx.GraphModule:
+        return self.reading.gm
 
-def plan_regions(work: nn.Module, shapes: Shapes, lifts: Lifts) -> Iterator[LivePlan]:
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return self.merge.stretch.nodes
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why it stays as it is, where composing costs more than it saves."""
+        return None if self.costs is None else self.costs.dearer
+
+
+@dataclass(frozen=True, eq=False)
+class LeftAlone:
+    """Nodes that ``fuse`` might merge, and ``collapse`` cannot."""
+
+    gm: fx.GraphModule
+    nodes: tuple[fx.Node, ...]
+    reason: Refusal
+
+
+def plan_regions(work: nn.Module, shapes: Shapes, lifts: Lifts) -> Iterator[LivePlan | LeftAlone]:
     """The linear regions of all graphs that run when ``work`` does, but for those inside expansions.
 
-    They are those that ``fuse`` would merge, were what they compute with constant.
+    They are those that ``fuse`` would merge, were what they compute with constant; and the nodes that ``fuse`` might
+    merge, and ``collapse`` cannot.
     """
     expanded = [module for module in work.modules() if isinstance(module, Expanded)]
     apart = {id(inner) for module in expanded for inner in module.modules()}
-    for gm in running(work)[0]:
-        reading = Reading(gm, shapes, lifts)
+    reach = Reach(work)
+    for gm in reach.graphs:
+        reading = Reading(gm, shapes, lifts, reach=reach)
         for node, part in list(reading.parts.items()):
-            if isinstance(part, Unary):
-                refusal = _left_alone(reading, node, apart)
-                if refusal is not None:
-                    reading.parts[node] = refusal
+            refusal = _left_alone(reading, node, part, apart) if isinstance(part, Unary) else None
+            if refusal is not None:
+                reading.parts[node] = refusal
+                if refusal.reason == CODE.reason:
+                    yield LeftAlone(gm, (node,), refusal)
         order = reading.effects.order
         merges = Planner(reading, always=False).plan().merges
         for merge in sorted(merges, key=lambda found: order[found.stretch.last]):
             plan = _plan(reading, merge)
-            if plan is not None:
-                yield plan
+            yield LeftAlone(gm, merge.stretch.nodes, plan) if isinstance(plan, Refusal) else plan
 
 
-def _left_alone(reading: Reading, node: fx.Node, apart: set[int]) -> Refusal | None:
+def _left_alone(reading: Reading, node: fx.Node, part: Unary, apart: set[int]) -> Refusal | None:
     if node.op == "call_module" and id(reading.gm.get_submodule(str(node.target))) in apart:
         return Refusal("it belongs to an expansion, which collapses by itself")
-    found = live_map(reading, node, (reading.gm, ""))
-    return found if isinstance(found, Refusal) else None
+    record = Record.of(_with_constants(reading, (node,)), part.source)
+    found = live_map(reading, node, record, None)
+    return found if isinstance(found, Refusal) and found.reason == CODE.reason else None
 
 
-def _plan(reading: Reading, merge: Merge) -> LivePlan | None:
-    beside = weight_beside(reading, merge.stretch.nodes)
-    if beside is None:
-        return None
+def _plan(reading: Reading, merge: Merge) -> LivePlan | Refusal:
+    source = merge.stretch.source
+    nodes = _with_constants(reading, merge.stretch.nodes)
+    record = Record.of(nodes, source)
+    beside = weight_beside(reading, merge.stretch.nodes, record)
     parts: list[tuple[LiveStep, ...]] = []
-    sketches: list[Affine] = []
+    chain: list[Kernel] = []
     for stretch in merge.parts:
-        steps, sketch = live_steps(reading, stretch, beside), map_between(reading, stretch)
+        steps, sketch = live_steps(reading, stretch, record, beside), map_between(reading, stretch)
         if isinstance(steps, Refusal) or isinstance(sketch, Refusal):
-            return None
+            return steps if isinstance(steps, Refusal) else cast(Refusal, sketch)
         if sketch is not None:
             parts.append(steps)
-            sketches.append(sketch)
-    chain = [sketch.kernel for sketch in sketches]
-    order = cheapest_order(chain)
-    whole = map_of_parts(reading, merge.parts, merge.order, sketch=True)
-    if isinstance(order, Refusal) or not isinstance(whole, Affine) or (whole.dims == 0 and whole.kernel.groups > 1):
-        return None
-    nodes = _with_constants(reading, merge.stretch.nodes)
-    region = LiveRegion(
-        tuple(parts),
-        order,
-        Composition.of(order, chain),
-        whole,
-        Record.of(reading.gm, nodes, merge.stretch.source),
-        _switches(reading, nodes),
+            chain.append(sketch.kernel)
+    order, whole = cheapest_order(chain), map_of_parts(reading, merge.parts, merge.order, sketch=True)
+    if isinstance(order, Refusal):
+        return order
+    if not isinstance(whole, Affine):
+        return whole or Refusal("it leaves its input as it is")
+    if whole.dims == 0 and whole.kernel.groups > 1:
+        return Refusal("a linear layer with groups would be made dense at each call")
+    recipe = Recipe(tuple(parts), order, Composition.of(order, chain), whole, _rank(reading, merge))
+    region = LiveRegion(recipe, record, [attrgetter(path)(reading.gm) for path in record.paths])
+    return LivePlan(
+        reading,
+        merge,
+        region,
+        frozenset(nodes) - frozenset(merge.stretch.nodes),
+        _costs(reading, merge, order, chain, whole),
     )
-    constants = frozenset(nodes) - frozenset(merge.stretch.nodes)
-    return LivePlan(reading, merge, region, constants, _costs(reading, merge, order, chain, whole))
 
 
-def _switches(reading: Reading, nodes: list[fx.Node]) -> tuple[nn.Module, ...]:
-    """The modules that do something else in training mode."""
-    called = {str(node.target): None for node in nodes if node.op == "call_module"}
-    modules = [reading.gm.get_submodule(target) for target in called]
-    return tuple(m for m in modules if isinstance(m, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)))
+def _rank(reading: Reading, merge: Merge) -> int | None:
+    """How many axes the input has to have: batch norm and axes that are counted from the first one ask for that."""
+    known = reading.signal(merge.stretch.source)
+    if known.rank is not None:
+        return known.rank
+    called = [reading.gm.get_submodule(str(n.target)) for n in merge.stretch.nodes if n.op == "call_module"]
+    norms = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in called)
+    return known.dims + 2 if norms and known.dims is not None else None
 
 
 def _with_constants(reading: Reading, nodes: tuple[fx.Node, ...]) -> list[fx.Node]:

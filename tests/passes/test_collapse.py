@@ -275,8 +275,8 @@ def test_it_composes_in_the_dtype_of_the_parameters_under_autocast() -> None:
     seen: list[torch.dtype] = []
     original = conv._composed
 
-    def spy(layers: Any) -> Any:
-        weight, bias = original(layers)
+    def spy() -> Any:
+        weight, bias = original()
         seen.append(weight.dtype)
         return weight, bias
 

@@ -20,6 +20,7 @@ from drawing import random
 from fusing import randomised
 from fxexpand import CL, ExpansionError, FxExpandError, collapse, contract, expand, explain, trace, uncollapse
 from fxexpand.algebra import Kernel
+from fxexpand.passes.collapse import regions_of
 from fxexpand.regions.live_region import LiveRegion
 
 IMAGE = (2, 4, 9, 9)
@@ -132,7 +133,8 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, int]:
 
 
 def regions(model: nn.Module) -> list[LiveRegion]:
-    return [module for module in model.modules() if isinstance(module, LiveRegion)]
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    return [region for gm in graphs for _, region in regions_of(gm)]
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
