@@ -145,6 +145,8 @@ def _pad(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
 
 
 def _product(source: fx.Node, weight: Tensor, bias: Tensor | None) -> Unary | Refusal:
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        return Refusal(f"its bias of shape {tuple(bias.shape)} is not one number a feature; expand it to that")
     return dtype_refusal(weight) or fixed(source, Affine(Kernel(weight, bias)), computes=True)
 
 

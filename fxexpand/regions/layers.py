@@ -75,6 +75,8 @@ def _lift(module: nn.Module, source: fx.Node) -> Unary | Refusal:
     kernel = lift_bare(module)
     if isinstance(kernel, Refusal):
         return kernel
+    if kernel.weight.numel() == 0:
+        return Refusal("it has no channels")
     mode, sides = padding_of(module) or ("zeros", ())
     if mode != "zeros":
         return fixed(source, Affine(kernel.detach(), Border(mode, sides)), computes=True)
