@@ -14,7 +14,7 @@ from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
-from fxexpand.graph.fingerprint import Fingerprint
+from fxexpand.graph.fingerprint import Fingerprint, all_match
 from fxexpand.graph.lift import lift_bare
 
 
@@ -76,7 +76,7 @@ class Collapsed(Expanded):
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         geometry = self.origin.geometry
         traced = isinstance(cast(object, input), fx.Proxy)
-        if traced or not all(expected.matches(self._at(at)) for at, expected in self._expected):
+        if traced or not all_match((expected, self._at(path)) for path, expected in self._expected):
             found: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return found
         with exact_products(input.device.type):
@@ -104,12 +104,11 @@ class Collapsed(Expanded):
             raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {whole}")
         return whole.weight, whole.bias
 
-    def _at(self, names: tuple[str, ...]) -> nn.Module:
+    def _at(self, names: tuple[str, ...]) -> Any:
         module: Any = self
         for name in names:
             module = module._modules[name]
-        found: nn.Module = module
-        return found
+        return module
 
 
 def _leaves(expanded: Expanded) -> list[tuple[str, nn.Module]]:

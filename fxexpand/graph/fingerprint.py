@@ -1,72 +1,91 @@
-"""Whether a module is still what a pass has seen in it."""
+"""Whether modules are still what a pass has seen in them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
-
-from fxexpand.graph.layers import has_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, tuple, type(None))
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """The class, settings, shapes and modes of a module, and of those inside it.
 
-    ``settings`` are its plain attributes, ``tensors`` the shapes of parameters and buffers, None where there is none.
+    ``settings`` are its plain attributes. ``parameters`` and ``buffers`` are the shapes of its tensors, None where
+    there is none. ``switched`` says whether it is in a mode in which its class computes something else.
     """
 
     cls: type[nn.Module]
-    settings: tuple[tuple[str, Any], ...]
-    tensors: tuple[tuple[str, tuple[int, ...] | None], ...]
-    switched: bool
+    settings: dict[str, Any]
+    parameters: tuple[tuple[str, tuple[int, ...] | None], ...]
+    buffers: tuple[tuple[str, tuple[int, ...] | None], ...]
+    switched: bool | None
     inner: tuple[tuple[str, Fingerprint], ...]
 
     @staticmethod
     def of(module: nn.Module) -> Fingerprint:
         """That of ``module`` as it is now."""
         plain = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-        tensors: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
         return Fingerprint(
             type(module),
-            tuple((name, value) for name, value in plain.items() if isinstance(value, _SIMPLE)),
-            tuple((name, None if t is None else tuple(t.shape)) for name, t in tensors.items()),
+            {name: value for name, value in plain.items() if isinstance(value, _SIMPLE)},
+            _shapes(module._parameters),
+            _shapes(module._buffers),
             _switched(module),
             tuple((name, Fingerprint.of(child)) for name, child in module._modules.items() if child is not None),
         )
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` has it, and calling ``module`` runs nobody's hook and no ``forward`` of its own."""
-        if type(module) is not self.cls or _calls_more(module) or _switched(module) != self.switched:
+        """Whether ``module`` has it, and calling ``module`` runs no hook of its own and no other ``forward``."""
+        if type(module) is not self.cls or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if any(getattr(module, name, None) != value for name, value in self.settings):
+        if module._backward_hooks or module._backward_pre_hooks or not self._has_settings(module):
             return False
-        for name, shape in self.tensors:
-            tensor = getattr(module, name, None)
-            if shape is None or tensor is None:
-                if shape is not None or tensor is not None:
-                    return False
-            elif tensor.shape != shape:
-                return False
+        if self.switched is not None and _switched(module) != self.switched:
+            return False
+        if not (_have(module._parameters, self.parameters) and _have(module._buffers, self.buffers)):
+            return False
         children = module._modules
-        return all((child := children.get(name)) is not None and fp.matches(child) for name, fp in self.inner)
+        return all((child := children.get(name)) is not None and of.matches(child) for name, of in self.inner)
+
+    def _has_settings(self, module: nn.Module) -> bool:
+        if torch.compiler.is_compiling():
+            return all(getattr(module, name, None) == value for name, value in self.settings.items())
+        held = vars(module)
+        return "forward" not in held and held.items() >= self.settings.items()
 
 
-def _switched(module: nn.Module) -> bool:
-    """Whether ``module`` is in a mode that its class computes something else in."""
-    if isinstance(module, _DROPOUTS):
+def all_match(pairs: Iterable[tuple[Fingerprint, nn.Module]]) -> bool:
+    """Whether every module has its fingerprint, and no hook runs for all modules there are."""
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return False
+    return all(fingerprint.matches(module) for fingerprint, module in pairs)
+
+
+def _shapes(tensors: dict[str, Any]) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
+    return tuple((name, None if tensor is None else tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def _have(tensors: dict[str, Any], shapes: tuple[tuple[str, tuple[int, ...] | None], ...]) -> bool:
+    for name, shape in shapes:
+        tensor: Tensor | None = tensors.get(name)
+        if tensor is None or shape is None:
+            if tensor is not None or shape is not None:
+                return False
+        elif tensor.shape != shape:
+            return False
+    return True
+
+
+def _switched(module: nn.Module) -> bool | None:
+    """Whether ``module`` is in a mode in which its class computes something else; None for classes without one."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.training and module.p > 0
-    return module.training and isinstance(module, nn.modules.batchnorm._NormBase)
-
-
-def _calls_more(module: nn.Module) -> bool:
-    if has_hooks(module) or "forward" in module.__dict__:
-        return True
-    return not torch.compiler.is_compiling() and bool(_module._has_any_global_hook())
+    return module.training if isinstance(module, nn.modules.batchnorm._NormBase) else None

@@ -13,7 +13,7 @@ from fxexpand.algebra.composition import Composition, exact_products, is_followe
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.order import Order, compose_in
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.fingerprint import Fingerprint
+from fxexpand.graph.fingerprint import Fingerprint, all_match
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import LiveStep, map_of_steps
 
@@ -74,13 +74,11 @@ class LiveRegion(nn.Module):
     def _is_as_planned(self, x: Tensor, held: Sequence[Any]) -> bool:
         if isinstance(cast(object, x), fx.Proxy) or self._recipe.rank not in (None, x.dim()):
             return False
-        for expected, found in zip(self._expected, held, strict=True):
-            if isinstance(expected, Fingerprint):
-                if not expected.matches(found):
-                    return False
-            elif found is None or tuple(found.shape) != expected:
-                return False
-        return True
+        pairs = list(zip(self._expected, held, strict=True))
+        tensors = [(shape, tensor) for shape, tensor in pairs if isinstance(shape, tuple)]
+        if any(tensor is None or tensor.shape != shape for shape, tensor in tensors):
+            return False
+        return all_match((expected, module) for expected, module in pairs if isinstance(expected, Fingerprint))
 
     def _composed(self, held: Sequence[Any]) -> Kernel | Refusal:
         maps: list[Affine] = []
