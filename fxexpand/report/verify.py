@@ -269,9 +269,9 @@ def first_layer(
     others = dict(after.named_modules(remove_duplicate=False))
     modules = {path: module for path, module in before.named_modules() if path and path in others}
     remaining: dict[str, list[Leaves]] = {path: [] for path in modules}
-    for path, leaves in _recorded(after, {path: others[path] for path in modules}, new_inputs):
+    for path, leaves in recorded(after, {path: others[path] for path in modules}, new_inputs):
         remaining[path].append(leaves)
-    for path, leaves in _recorded(before, modules, old_inputs):
+    for path, leaves in recorded(before, modules, old_inputs):
         if not remaining[path]:
             continue
         difference = _compare(leaves, remaining[path].pop(0))
@@ -282,7 +282,7 @@ def first_layer(
     return "No layer that both models have differs: look at what runs after the last one or between them."
 
 
-def _recorded(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[object, ...]) -> list[tuple[str, Leaves]]:
+def recorded(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[object, ...]) -> list[tuple[str, Leaves]]:
     """What these modules of `model` return, call by call, in the order in which the calls end; only its tensors."""
     calls: list[tuple[str, Leaves]] = []
 

@@ -148,7 +148,7 @@ class _Battery:
 
     def fuse_agrees(self, where: str) -> Outcome:
         self._fused = observed(fuse(copy.deepcopy(self.model).eval(), *copied(self.inputs)), self.inputs)
-        found = agreement(where, self.before, self._fused)
+        found = agreement(where, self.before, self._fused, merged=True)
         macs = [summary(each, *self.inputs).macs for each in (self.model, self._fused.model)]
         before, after = macs
         if before is None or after is None:
@@ -179,7 +179,7 @@ class _Battery:
 
     def _why_it_does_not_compile(self) -> str | None:
         try:
-            self._compiled(self.before)
+            self._compiled(replace(self.before, model=copy.deepcopy(self.model)))
         except Exception as error:  # noqa: BLE001 -- compilers raise what they like
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return None

@@ -21,7 +21,7 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=devices(), ids=str)
+@pytest.fixture(scope="session", params=devices(), ids=str)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each kind of device there is, in turn; its name is in the id of the test."""
     found: torch.device = request.param

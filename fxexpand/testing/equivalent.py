@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError
 from fxexpand.report.run import check_module, copied, undisturbed
-from fxexpand.report.verify import Leaves, difference_of, first_layer, home_of, inputs_for, leaves_of
+from fxexpand.report.verify import Leaves, difference_of, first_layer, home_of, inputs_for, leaves_of, recorded
 from fxexpand.testing.tolerance import Rounding, distance, measured
 
 
@@ -67,20 +67,22 @@ def assert_equivalent(a: nn.Module, b: nn.Module, *inputs: object) -> Agreement:
 def observed(model: nn.Module, inputs: tuple[object, ...], like: Rounding | None = None) -> Observed:
     """What ``model`` does with ``inputs`` in eval mode; rounding is measured unless it is ``like`` what is known."""
 
-    def run() -> object:
-        own = copied(inputs)
-        with undisturbed(model, inputs):
-            return {"output": model(*own), "inputs": own}
+    def call(*own: object) -> object:
+        return {"output": model(*own), "inputs": own}
 
     if like is not None:
-        return Observed(model, inputs, list(leaves_of(run(), "output")), like)
-    leaves, rounding = measured(run)
+        with undisturbed(model, inputs):
+            return Observed(model, inputs, list(leaves_of(call(*copied(inputs)), "output")), like)
+    leaves, rounding = measured(call, inputs, model)
     return Observed(model, inputs, leaves, rounding)
 
 
-def agreement(where: str, a: Observed, b: Observed, through: Iterable[Rounding] = ()) -> Agreement:
+def agreement(
+    where: str, a: Observed, b: Observed, through: Iterable[Rounding] = (), *, merged: bool = False
+) -> Agreement:
     """How close the two are; ``through`` is the rounding of what ``b`` was computed from by way of.
 
+    A layer of ``b`` stands for that of ``a`` with its name; where layers were ``merged``, for the last of several.
     Raises ``PropertyError``, its message opening with ``where``.
     """
     if len(a.leaves) != len(b.leaves):
@@ -102,14 +104,40 @@ def agreement(where: str, a: Observed, b: Observed, through: Iterable[Rounding] 
         bound = sum(rounding.bound(i) for rounding in roundings)
         size = norm or 1.0
         if not apart <= bound:
-            layer = first_layer(a.model, b.model, a.inputs, b.inputs, bound / size)
+            look = _first_new if merged else first_layer
+            layer = look(a.model, b.model, a.inputs, b.inputs, bound / size)
             raise PropertyError(
                 f"{where}: {shown}: expected an error of at most {bound / size:.1e} of its norm, found "
                 f"{apart / size:.1e}. {layer} The bound is that of rounding ({'; '.join(map(str, roundings))}), times "
                 "how much the models amplify it."
             )
-        decisive = bool(decisive) or bound < norm or not norm
+        if bound:
+            decisive = bool(decisive) or bound < norm or not norm
         share = apart / bound if bound else 0.0
         if share >= worst.share:
             worst = Agreement(apart / size, bound / size, share)
     return worst if decisive is not False else replace(worst, decisive=False)
+
+
+def _first_new(
+    a: nn.Module, b: nn.Module, inputs: tuple[object, ...], new_inputs: tuple[object, ...], rtol: float
+) -> str:
+    """A sentence that names the first layer of ``b`` after the last one that gives what some layer of ``a`` gives."""
+    known = [leaves for _, leaves in recorded(a, _leaf_modules(a), inputs)]
+    calls = recorded(b, _leaf_modules(b), new_inputs)
+    agree = [any(_close(leaves, others, rtol) for others in known) for _, leaves in calls]
+    last = max((i for i, agrees in enumerate(agree) if agrees), default=-1)
+    if last + 1 == len(calls):
+        return "Every layer gives what some layer did: look at what runs after the last one or between them."
+    path = calls[last + 1][0]
+    return f"The first layer that differs is {path} ({type(b.get_submodule(path)).__name__})."
+
+
+def _leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if path and not any(module.children())}
+
+
+def _close(x: Leaves, y: Leaves, rtol: float) -> bool:
+    if len(x) != len(y):
+        return False
+    return all(difference_of(path, a, b).within(rtol) for (path, a), (_, b) in zip(x, y, strict=True))

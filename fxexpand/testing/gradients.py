@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -19,10 +21,14 @@ def gradients(model: nn.Module, inputs: tuple[object, ...]) -> Gradients:
 
     The parameters' own ``grad`` stays as it is.
     """
+    with undisturbed(model, inputs):
+        return _gradients(model, *copied(inputs))
+
+
+def _gradients(model: nn.Module, *own: object) -> Gradients:
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with undisturbed(model, inputs), torch.enable_grad():
-        out = model(*copied(inputs))
-        outputs = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+    with torch.enable_grad():
+        outputs = [x for x in pytree.tree_leaves(model(*own)) if isinstance(x, Tensor) and x.requires_grad]
         if not outputs or not named:
             return {}
         loss = torch.stack([x.abs().square().sum() for x in outputs]).sum() / 2
@@ -36,7 +42,7 @@ def gradients_agree(where: str, a: nn.Module, b: nn.Module, inputs: tuple[object
 
 
 def _observed(model: nn.Module, inputs: tuple[object, ...]) -> Observed:
-    leaves, rounding = measured(lambda: gradients(model, inputs))
+    leaves, rounding = measured(partial(_gradients, model), inputs, model)
     return Observed(model, inputs, leaves, rounding)
 
 

@@ -26,15 +26,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite, prod, sqrt
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxexpand.errors import FxExpandError
+from fxexpand.report.run import copied, undisturbed
 from fxexpand.report.verify import Leaves, as_float64, leaves_of
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -82,20 +84,28 @@ class Rounding:
         return f"γ = {self.gamma:.1e} over {self.operations} operations"
 
 
-def measured(run: Callable[[], object]) -> tuple[Leaves, Rounding]:
-    """What ``run`` returns, leaf by leaf, and what rounding may do to it. Runs it several times.
+def measured(
+    call: Callable[..., object], inputs: tuple[object, ...] = (), model: nn.Module | None = None
+) -> tuple[Leaves, Rounding]:
+    """What ``call(*inputs)`` returns, leaf by leaf, and what rounding may do to it.
 
+    Calls it several times, with copies of ``inputs``; ``model`` is left as it was, and in eval mode while it runs.
     Raises ``ToleranceError`` where small changes make it return something of another structure every time.
     """
-    with _Counting() as counting:
-        out = run()
-    leaves = list(leaves_of(out, "output"))
+
+    def leaves_under(mode: TorchDispatchMode) -> Leaves:
+        with undisturbed(model, inputs) if model is not None else nullcontext():
+            own = copied(inputs)
+            with mode:
+                out = call(*own)
+            return list(leaves_of(out, "output"))
+
+    counting = _Counting()
+    leaves = leaves_under(counting)
     size = sqrt(counting.coarsest)
     worst = [-inf] * len(leaves)
     for seed in range(_SAMPLES):
-        with _Perturbed(size, seed):
-            out = run()
-        for i, moved in enumerate(_distances(leaves, list(leaves_of(out, "output")))):
+        for i, moved in enumerate(_distances(leaves, leaves_under(_Perturbed(size, seed)))):
             worst[i] = max(worst[i], moved / size)
     if not all(map(isfinite, worst)):
         path = leaves[worst.index(-inf)][0]
