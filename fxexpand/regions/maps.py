@@ -48,6 +48,10 @@ def batch_norm_map(
             f"it normalises axis 1 of its input{where}, and a linear layer works on the last axis: they are the same "
             f"where there are two axes only; {PASS_INPUTS}"
         )
+    if signal.rank not in (None, CONFLICT, dims + 2):
+        return Refusal(
+            f"it normalises axis 1 of {signal.rank} axes, which is no channel of the {dims} spatial axes beside it"
+        )
     scale = (var.double() + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.detach().double()
