@@ -101,6 +101,20 @@ def _first_padding(second: int, reach: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
+def with_depthwise(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
+    """Two kernels of which one is depthwise and one pointwise, in either order."""
+    other = draw(kernels(padding=None))
+    d, first = other.dims, draw(st.booleans())
+    c = other.out_channels if first else other.in_channels
+    taps = (1,) * d
+    if all(k == 1 for k in other.kernel_size):
+        taps = tuple(draw(st.integers(1, 3)) for _ in range(d))
+    bias = random(c) if draw(st.booleans()) else None
+    depthwise = Kernel(random(c, 1, *taps), bias, draw(strides(d)), groups=c)
+    return (other, depthwise) if first else (depthwise, replace(other, padding=((0, 0),) * d))
+
+
+@st.composite
 def branches(draw: st.DrawFn, d: int | None = None) -> tuple[Kernel, Kernel]:
     """Two kernels that read the same signal and give outputs of the same shape."""
     d = draw(dims()) if d is None else d

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.layers import is_layer
 from fxexpand.passes.collapse import collapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
@@ -203,7 +204,7 @@ def _same_modules(where: str, model: nn.Module, small: nn.Module) -> None:
     """The layers have their old classes and names; what holds them may have become a graph."""
     after = dict(small.named_modules(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
-        if any(module.children()) or not path or path not in after:
+        if not is_layer(module) or not path or path not in after:
             continue  # a graph keeps only what it calls
         if not isinstance(after[path], type(module)):
             raise PropertyError(
