@@ -23,7 +23,7 @@ from fxexpand.report.summary import summary
 from fxexpand.rules import Rule
 from fxexpand.strategies import CK, CL, FC, Strategy
 from fxexpand.testing.equivalent import Observed, PropertyError, agreement, observed
-from fxexpand.testing.gradients import gradients_agree, gradients_flow
+from fxexpand.testing.gradients import gradients, gradients_agree, gradients_flow
 from fxexpand.testing.report import Outcome, Report
 from fxexpand.testing.tolerance import ToleranceError
 from fxexpand.testing.untouched import Untouched
@@ -126,14 +126,20 @@ class _Battery:
         return Outcome(where, f"{count} layers expanded", agreement=agreement(where, self.before, big))
 
     def gradients_flow(self, where: str) -> Outcome:
+        self.big()
+        _must_have_gradients(self.model, self.inputs)
         return Outcome(where, gradients_flow(where, self.model, self.big().model, self.inputs))
 
     def collapse_agrees(self, where: str) -> Outcome:
         big = self.big()
         fast = observed(collapse(big.model), self.inputs)
         found = agreement(where, big, fast)
-        gradients = gradients_agree(where, big.model, fast.model, self.inputs)
-        return Outcome(where, f"gradients to {gradients.error:.1e}", agreement=found)
+        try:
+            _must_have_gradients(self.model, self.inputs)
+        except FxExpandError as reason:
+            return Outcome(where, str(reason), agreement=found)
+        backward = gradients_agree(where, big.model, fast.model, self.inputs)
+        return Outcome(where, f"gradients to {backward.error:.1e}", agreement=found)
 
     def contract_restores(self, where: str) -> Outcome:
         big = self.big()
@@ -184,6 +190,15 @@ class _Battery:
         except Exception as error:  # noqa: BLE001 -- compilers raise what they like
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return None
+
+
+def _must_have_gradients(model: nn.Module, inputs: tuple[object, ...]) -> None:
+    """Raise ``FxExpandError`` where autograd cannot go through the model as it came, which changes values in place."""
+    try:
+        gradients(model, inputs)
+    except RuntimeError as error:
+        reason = str(error).partition(":")[0]
+        raise FxExpandError(f"the model itself has no gradients in eval mode: {reason}") from error
 
 
 def _same_state(where: str, model: nn.Module, small: nn.Module) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite, prod, sqrt
+from random import Random
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ TF32 = 2.0**-11
 
 # How often κ is sampled. A direction in which an output hardly moves is drawn once in a while, hardly four times.
 _SAMPLES = 4
+
+# How many random signs there are before they repeat: a prime, so that no axis of a tensor sees the same ones.
+_SIGNS = 131_071
 
 _CONVOLUTIONS = {"convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "convolution_overrideable"}
 _PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "_addmm_activation"}
@@ -164,9 +168,10 @@ class _Perturbed(TorchDispatchMode):
 
     def __init__(self, size: float, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.size = size
-        self.seed = seed
-        self.generators: dict[torch.device, torch.Generator] = {}
+        self.random = Random(seed)
+        signs = torch.randint(0, 2, (_SIGNS,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        self.factors = 1 + size * signs.double()
+        self.held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_product(func):
@@ -179,11 +184,16 @@ class _Perturbed(TorchDispatchMode):
         return self._moved(out)
 
     def _moved(self, x: Tensor) -> Tensor:
-        generator = self.generators.get(x.device)
-        if generator is None:
-            generator = self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-        signs = torch.empty_like(x, dtype=x.real.dtype).bernoulli_(0.5, generator=generator)
-        return x * signs.mul_(2 * self.size).add_(1 - self.size)
+        key = (x.device, x.dtype.to_real())
+        if key not in self.held:
+            self.held[key] = self.factors.to(*key)
+        factors = self.held[key].roll(self.random.randrange(_SIGNS))
+        flat = x.reshape(-1)
+        moved = torch.empty_like(flat)
+        whole = len(flat) // _SIGNS * _SIGNS
+        torch.mul(flat[:whole].view(-1, _SIGNS), factors, out=moved[:whole].view(-1, _SIGNS))
+        torch.mul(flat[whole:], factors[: len(flat) - whole], out=moved[whole:])
+        return moved.view(x.shape)
 
 
 def _fresh(func: Any, args: Any, out: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand import CL, FC
-from fxexpand.testing import Case, Picky, PropertyError, Report, as_trained, check_model, linear_graphs, networks
+from fxexpand.testing import Case, Picky, PropertyError, Report, as_trained, check_model, graph, linear_graphs, networks
 
 PROPERTIES = (
     *("expand preserves", "gradients flow", "collapse agrees", "contract restores"),
@@ -95,6 +95,18 @@ def test_a_layer_that_is_refused_is_a_reason() -> None:
     report = check(model, X)
     assert "hooks" in report.skipped["expand preserves"]
     assert "fuse agrees" in report.held
+
+
+def test_a_model_without_gradients_is_said_to_be_so() -> None:
+    gm = graph(
+        "def forward(self, x): y = torch.relu(self.conv(x)); return torch.nn.functional.relu(y * y, inplace=True)",
+        conv=nn.Conv2d(3, 3, 3),
+    )
+    assert "gradients flow" in check(gm.double(), X).held
+    broken = graph("def forward(self, x): y = torch.sigmoid(self.conv(x)); y *= 2; return y", conv=nn.Conv2d(3, 3, 3))
+    report = check(broken.double(), X)
+    assert "the model itself has no gradients" in report.skipped["gradients flow"]
+    assert "the model itself has no gradients" in report["collapse agrees"].detail
 
 
 def test_what_torch_cannot_compile_itself_is_a_reason() -> None:
