@@ -26,6 +26,34 @@ _DETECTION_SIDES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 Inputs = tuple[object, ...]
 
 
+class WithoutChoice(nn.Module):
+    """All layers of a detection model, without its choice of boxes: which ones it keeps hangs on the last bit.
+
+    Gives the feature maps, what the dense heads make of them, and what the heads of regions make of two fixed boxes.
+    """
+
+    def __init__(self, model: nn.Module, side: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.side = side
+        self.register_buffer("boxes", torch.tensor([[0.1, 0.1, 0.7, 0.6], [0.0, 0.0, 1.0, 1.0]]) * side)
+
+    def forward(self, x: torch.Tensor) -> list[Any]:
+        maps = self.model.backbone(x)
+        levels = list(maps.values()) if isinstance(maps, dict) else [maps]
+        if not hasattr(self.model, "rpn"):
+            return [levels, self.model.head(levels)]
+        heads = self.model.roi_heads
+        regions = [self.boxes] * len(x), [(self.side, self.side)] * len(x)
+        found = [levels, self.model.rpn.head(levels)]
+        found.append(heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, *regions))))
+        if heads.has_mask():
+            found.append(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, *regions))))
+        if heads.has_keypoint():
+            found.append(heads.keypoint_predictor(heads.keypoint_head(heads.keypoint_roi_pool(maps, *regions))))
+        return found
+
+
 def task_of(name: str) -> str:
     """The task of the model called ``name``. Raises ``ValueError`` for a name that torchvision does not have."""
     for task, names in TASKS.items():
@@ -64,7 +92,7 @@ def _detector(name: str, batch: int) -> tuple[nn.Module, Inputs]:
     side = _DETECTION_SIDES.get(name, 64)
     options: dict[str, Any] = {} if name in _DETECTION_SIDES else {"min_size": side, "max_size": side}
     model = _ZOO.get_model(name, weights=None, weights_backbone=None, num_classes=3, **options)
-    return model, ([torch.rand(3, side, side) for _ in range(batch)],)
+    return WithoutChoice(model, side), (torch.rand(batch, 3, side, side),)
 
 
 def _video(name: str, batch: int) -> tuple[nn.Module, Inputs]:

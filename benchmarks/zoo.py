@@ -3,7 +3,8 @@
 Runs ``fxexpand.testing.check_model`` over all classification, segmentation, detection and video models: expand
 preserves, gradients flow, collapse agrees, contract restores, fuse agrees, torch.compile agrees (where ``--backend``
 names a compiler), the model is untouched. Weights are random, batch norm is as training might have left it, inputs are
-the smallest that a model takes. CL(2) expands the convolutions, FC(2) the linear layers of at most 1,280 features.
+the smallest that a model takes; detection models are asked for what their layers compute, without the choice of boxes,
+which rounding may turn. CL(2) expands the convolutions, FC(2) the linear layers of at most 1,280 features.
 
 Each model runs in a process of its own, in float64; in float32 where that would take more than ``--memory`` GiB, and
 not at all, with the reason in its row, where that would too. A row is written as soon as it is known, and is not run

@@ -106,18 +106,19 @@ def measured(
 
     counting = _Counting()
     leaves = leaves_under(counting)
-    size = sqrt(counting.coarsest)
-    worst = [-inf] * len(leaves)
-    for seed in range(_SAMPLES):
-        for i, moved in enumerate(_distances(leaves, leaves_under(_Perturbed(size, seed)))):
-            worst[i] = max(worst[i], moved / size)
-    if not all(map(isfinite, worst)):
-        path = leaves[worst.index(-inf)][0]
-        raise ToleranceError(
-            f"{path}: expected a result whose shape holds when data changes by {size:.1e}, found another each time. "
-            "Compare inputs for which its decisions are not so close."
-        )
-    return leaves, Rounding(counting.operations, sqrt(counting.squares), tuple(worst))
+    # Where decisions fall otherwise for changes as large as the coarsest dtype asks for, the finest one's may do.
+    for size in map(sqrt, sorted({counting.coarsest, counting.finest}, reverse=True)):
+        worst = [-inf] * len(leaves)
+        for seed in range(_SAMPLES):
+            for i, moved in enumerate(_distances(leaves, leaves_under(_Perturbed(size, seed)))):
+                worst[i] = max(worst[i], moved / size)
+        if all(map(isfinite, worst)):
+            return leaves, Rounding(counting.operations, sqrt(counting.squares), tuple(worst))
+    path = leaves[worst.index(-inf)][0]
+    raise ToleranceError(
+        f"{path}: expected a result whose shape holds when data changes by {size:.1e}, found another each time. "
+        "Compare inputs for which its decisions are not so close."
+    )
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -144,13 +145,13 @@ def _distances(leaves: Leaves, perturbed: Leaves) -> list[float]:
 
 
 class _Counting(TorchDispatchMode):
-    """Adds up γ² of the operations, and finds the coarsest unit among them."""
+    """Adds up γ² of the operations, and finds the coarsest and the finest unit of their results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations = 0
         self.squares = 0.0
-        self.coarsest = UNIT_ROUNDOFF[torch.float64]
+        self.coarsest = self.finest = UNIT_ROUNDOFF[torch.float64]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -160,6 +161,7 @@ class _Counting(TorchDispatchMode):
             self.operations += 1
             self.squares += sum(gamma(k, u) for u, k in roundings.items()) ** 2
             self.coarsest = max(self.coarsest, *roundings)
+            self.finest = min(self.finest, *roundings) if self.operations > 1 else min(roundings)
         return out
 
 
