@@ -21,17 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxexpand
+from benchmarks.models import TASKS, build
 from benchmarks.rewrite_time import machine
 
-MODELS: list[str] = torchvision.models.list_models(module=torchvision.models)
+MODELS = TASKS["classification"]
 KERNELS = {"conv2d": "convolutions", "linear": "linear", "batch_norm": "batch_norms"}
-# The smallest images that a model takes, where 32 × 32 are too small or 2 × 2 patches smaller.
-SIDES = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 224, "vit_b_32": 64, "vit_l_32": 64, "vit_h_14": 28}
 
 
 class Calls(TorchFunctionMode):
@@ -46,25 +44,7 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The model ``name`` in float64 and eval mode, and one of the smallest images it takes."""
-    side = SIDES.get(name, 32)
-    options: dict[str, Any] = {"image_size": side} if name.startswith("vit") else {}
-    if name in {"googlenet", "inception_v3"}:
-        options["init_weights"] = False  # which would draw each weight with scipy, for minutes
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    for module in model.double().eval().modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.02)  # the heads of some models, which would hide everything else
-    return model, torch.randn(1, 3, side, side, dtype=torch.float64)
-
-
-def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, int]]:
+def run(model: nn.Module, image: Any) -> tuple[Tensor, dict[str, int]]:
     """The output of ``model``, and the calls it takes."""
     with torch.no_grad(), Calls() as calls:
         out: Tensor = model(image)
@@ -74,7 +54,7 @@ def run(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, int]]:
 def measure(name: str) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
-    model, image = build(name)
+    model, (image,) = build(name, batch=1)
     expected, before = run(model, image)
     macs_before = fxexpand.summary(model, image).macs
     start = time.perf_counter()

@@ -41,7 +41,8 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     that it replaces; what is no longer used goes. What is in eval mode stays in it: the result is for deployment.
 
     Exact when: see ``compose``, ``add`` and ``concatenate``. What would not be is left alone; ``explain`` says why.
-    Batch norm of one dimension beside a ``Conv1d``, which also takes a signal without batch, is taken to see batches.
+    Beside a ``Conv1d``, which also takes a signal without batch, batch norm of one dimension, or as a function, is
+    taken to see batches.
 
     ``when="cheaper"`` merges what then costs no more multiply-accumulates, and takes the cheapest plan; ``"always"``
     merges whatever is exact. Costs are those for ``example_inputs``, the arguments of ``model(...)``; without them, of

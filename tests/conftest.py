@@ -22,6 +22,8 @@ class _TorchRandom:
         torch.set_rng_state(state)
 
 
+pytest_plugins = ["fxexpand.testing.devices"]
+
 # The networks of most tests are so small that threads wait for each other longer than they work, above all on a machine
 # with other work to do. Tests of large networks ask for the `all_cores` fixture.
 CORES = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for kernels and layers, and the dense matrices to hold them against.
+"""Hypothesis strategies for kernels, and the dense matrices to hold them against.
 
 Only shapes and options are drawn, so that failures shrink; weights are random numbers in float64, as generic as they
 come, which conftest.py makes the same at every replay.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
-from math import gcd
-from typing import Any, TypeVar
 
 import hypothesis.strategies as st
 import torch
@@ -18,10 +16,9 @@ from torch import Tensor, nn
 from fxexpand.algebra import Kernel
 from fxexpand.algebra.kernel import Ints, Sides
 from fxexpand.testing import conv_matrix
+from fxexpand.testing.draw.sizes import divisors, tuples
 
 CONVOLUTIONS: tuple[type[nn.Conv1d], type[nn.Conv2d], type[nn.Conv3d]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-T = TypeVar("T")
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 # By number of axes: the most taps, the largest stride and dilation, and the most padding, so that matrices stay small.
 _LARGEST = {0: (1, 1, 1, 0), 1: (4, 3, 3, 4), 2: (3, 2, 2, 3), 3: (2, 2, 2, 2)}
@@ -43,17 +40,17 @@ def channels(d: int) -> st.SearchStrategy[int]:
 
 def groups(m: int, n: int) -> st.SearchStrategy[int]:
     """The numbers of groups that ``m`` input and ``n`` output channels can have."""
-    return st.sampled_from([g for g in range(1, m + 1) if gcd(m, n) % g == 0])
+    return st.sampled_from(divisors(m, n))
 
 
 def strides(d: int) -> st.SearchStrategy[Ints]:
-    return _tuples(d, st.integers(1, _LARGEST[d][1]))
+    return tuples(d, st.integers(1, _LARGEST[d][1]))
 
 
 def paddings(d: int) -> st.SearchStrategy[Sides]:
     """A pair (before, after) for each axis, some of which crop."""
     amounts = st.integers(CROP, _LARGEST[d][3])
-    return _tuples(d, st.tuples(amounts, amounts))
+    return tuples(d, st.tuples(amounts, amounts))
 
 
 @st.composite
@@ -75,11 +72,11 @@ def kernels(
     taps, _, dilation, _ = _LARGEST[d]
     with_bias = draw(st.booleans()) if bias is None else bias
     return Kernel(
-        weight=random(n, m // g, *draw(_tuples(d, st.integers(1, taps)))),
+        weight=random(n, m // g, *draw(tuples(d, st.integers(1, taps)))),
         bias=random(n) if with_bias else None,
         stride=draw(strides(d)) if stride is None else stride,
         padding=draw(paddings(d)) if padding is None else padding,
-        dilation=draw(_tuples(d, st.integers(1, dilation))),
+        dilation=draw(tuples(d, st.integers(1, dilation))),
         groups=g,
     )
 
@@ -104,6 +101,20 @@ def _first_padding(second: int, reach: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
+def with_depthwise(draw: st.DrawFn) -> tuple[Kernel, Kernel]:
+    """Two kernels of which one is depthwise and one pointwise, in either order."""
+    other = draw(kernels(padding=None))
+    d, first = other.dims, draw(st.booleans())
+    c = other.out_channels if first else other.in_channels
+    taps = (1,) * d
+    if all(k == 1 for k in other.kernel_size):
+        taps = tuple(draw(st.integers(1, 3)) for _ in range(d))
+    bias = random(c) if draw(st.booleans()) else None
+    depthwise = Kernel(random(c, 1, *taps), bias, draw(strides(d)), groups=c)
+    return (other, depthwise) if first else (depthwise, replace(other, padding=((0, 0),) * d))
+
+
+@st.composite
 def branches(draw: st.DrawFn, d: int | None = None) -> tuple[Kernel, Kernel]:
     """Two kernels that read the same signal and give outputs of the same shape."""
     d = draw(dims()) if d is None else d
@@ -115,25 +126,6 @@ def branches(draw: st.DrawFn, d: int | None = None) -> tuple[Kernel, Kernel]:
         before = draw(st.integers(CROP, _LARGEST[d][3]))
         padding.append((before, total - before))
     return a, replace(b, padding=tuple(padding))
-
-
-@st.composite
-def conv_layers(draw: st.DrawFn, d: int | None = None) -> nn.Module:
-    """An ``nn.Conv1d``, ``Conv2d`` or ``Conv3d`` in float64 with any of its options."""
-    d = draw(dims(1)) if d is None else d
-    m, n = draw(channels(d)), draw(channels(d))
-    taps, _, dilation, most = _LARGEST[d]
-    padding = draw(st.sampled_from(["valid", "same"]) | _tuples(d, st.integers(0, most)))
-    options: dict[str, Any] = {
-        "kernel_size": draw(_tuples(d, st.integers(1, taps))),
-        "stride": (1,) * d if padding == "same" else draw(strides(d)),  # torch has no other "same"
-        "padding": padding,
-        "dilation": draw(_tuples(d, st.integers(1, dilation))),
-        "groups": draw(groups(m, n)),
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(PADDING_MODES)),
-    }
-    return CONVOLUTIONS[d - 1](m, n, dtype=torch.float64, **options)
 
 
 def sizes(*chain: Kernel) -> list[Ints]:
@@ -191,7 +183,3 @@ def assert_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
         scale = max(float(y.abs().max()), 1.0)
         error = float((x - y).abs().max()) / scale
         assert error <= tolerance, f"{what}: largest error {error:.1e}, expected at most {tolerance:.0e}"
-
-
-def _tuples(d: int, entries: st.SearchStrategy[T]) -> st.SearchStrategy[tuple[T, ...]]:
-    return st.tuples(*[entries] * d)

@@ -15,6 +15,8 @@ import fxexpand
 from behaviour import tensors_in
 from drawing import random
 from fxexpand.graph.tracer import ReplayTracer
+from fxexpand.testing import as_trained
+from fxexpand.testing.untouched import Untouched
 
 M = TypeVar("M", bound=nn.Module)
 CHANNELS = 8
@@ -27,14 +29,7 @@ NORMS: tuple[type[nn.BatchNorm1d], type[nn.BatchNorm2d], type[nn.BatchNorm3d]] =
 
 def randomised(model: M) -> M:
     """The model in float64 and eval mode, with batch norm as training might have left it."""
-    for module in model.double().modules():
-        if isinstance(module, NORMS):
-            if module.running_mean is not None and module.running_var is not None:
-                module.running_mean.copy_(random(*module.running_mean.shape))
-                module.running_var.uniform_(0.5, 2)
-            for parameter in module.parameters():
-                nn.init.normal_(parameter)
-    return model.eval()
+    return as_trained(model.double()).eval()
 
 
 def graph_of(model: nn.Module) -> fx.GraphModule:
@@ -107,18 +102,9 @@ def _after(model: nn.Module, inputs: tuple[Any, ...], seed: int) -> list[Tensor]
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """That what happens inside leaves ``model`` with the same modules, tensors, values and flags."""
-    before, values = _identity(model), {k: v.clone() for k, v in model.state_dict().items()}
+    before = Untouched.of(model)
     yield
-    assert _identity(model) == before
-    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
-
-
-def _identity(model: nn.Module) -> list[tuple[object, ...]]:
-    """Modules and tensors by identity, with their flags: tensors are compared by ``id``, never by value."""
-    modules = [(path, module, module.training, len(vars(module))) for path, module in model.named_modules()]
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    tensors = [(name, id(tensor), tensor.requires_grad, tensor._version, tensor.grad) for name, tensor in named]
-    return [*modules, *tensors]
+    before.check(model, "untouched")
 
 
 def memory(model: nn.Module) -> set[int]:

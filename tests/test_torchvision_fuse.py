@@ -15,6 +15,7 @@ from hypothesis import settings
 from torch import fx, nn
 
 import fxexpand
+from fxexpand.testing import as_trained
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 REPRESENTATIVE = (
@@ -45,16 +46,7 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # which would draw each weight with scipy, for minutes
     model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    for module in model.double().eval().modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.02)  # the heads of some models, which would hide everything else
+    as_trained(model.double().eval())
     return model, torch.randn(2, 3, side, side, dtype=torch.float64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -124,7 +124,19 @@ def copy_model(model: nn.Module, *, share: bool) -> nn.Module:
             memo[id(value)] = value
         elif isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
-    return deep_copy(model, memo)
+    twin = deep_copy(model, memo)
+    _restore_second_names(model, memo)
+    return twin
+
+
+def _restore_second_names(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Give copies of FX's own graph modules the names that FX drops: all but the first of a module with several."""
+    for module in model.modules():
+        copied = memo.get(id(module))
+        if isinstance(module, fx.GraphModule) and isinstance(copied, fx.GraphModule):
+            for name, child in module._modules.items():
+                if id(child) in memo:
+                    copied._modules[name] = memo[id(child)]
 
 
 def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:

@@ -16,7 +16,7 @@ from fxexpand.graph.geometry import padding_sides, spread
 from fxexpand.graph.layers import dtype_refusal
 from fxexpand.regions.arguments import Arguments, Rule
 from fxexpand.regions.layers import fixed, transposed_map
-from fxexpand.regions.maps import average, batch_norm_map, padding_map
+from fxexpand.regions.maps import PASS_INPUTS, average, batch_norm_map, padding_map
 from fxexpand.regions.parts import Lifted, Made, Signal, Unary
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -102,10 +102,11 @@ def _batch_norm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
     weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
 
     def make(signal: Signal) -> Made:
+        if signal.rank is None and signal.dims in (2, 3):
+            return Refusal(f"the function takes inputs without batch, of which axis 1 is no channel; {PASS_INPUTS}")
         return batch_norm_map(signal, mean, var, weight, bias, eps)
 
-    known = Signal(channels=mean.numel())
-    return Unary(given["input"], make, reads=known, gives=known, tensors=(mean, var))
+    return Unary(given["input"], make, tensors=(mean, var))
 
 
 def _pool(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:

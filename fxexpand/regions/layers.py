@@ -142,7 +142,8 @@ def _lift_norm(module: nn.Module, source: fx.Node) -> Unary:
             return Refusal("it takes 3 axes at most, so what it normalises here is no batch, and axis 1 no channels")
         return batch_norm_map(signal, mean, var, norm.weight, norm.bias, norm.eps)
 
-    known = Signal(dims, mean.numel(), None if dims is None else dims + 2)
+    # BatchNorm1d counts axis 1, which is that of the channels only if there is a batch, or a linear layer.
+    known = Signal() if dims is None else Signal(dims, mean.numel(), dims + 2)
     return Unary(source, make, reads=known, gives=known, tensors=(mean, var))
 
 

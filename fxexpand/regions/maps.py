@@ -48,6 +48,10 @@ def batch_norm_map(
             f"it normalises axis 1 of its input{where}, and a linear layer works on the last axis: they are the same "
             f"where there are two axes only; {PASS_INPUTS}"
         )
+    if signal.rank not in (None, CONFLICT, dims + 2):
+        return Refusal(
+            f"it normalises axis 1 of {signal.rank} axes, which is no channel of the {dims} spatial axes beside it"
+        )
     factor, term = (None if tensor is None else tensor.detach().double() for tensor in (weight, bias))
     scale, shift = normalizing(mean.double(), var.double(), factor, term, eps)
     return depthwise(scale, shift, dims)

@@ -52,14 +52,14 @@ def verify(before: nn.Module, after: nn.Module, *example_inputs: object, rtol: f
     _check(after, "verify: after", example_inputs)
     if rtol is not None and not rtol >= 0:
         raise VerificationError(f"verify: expected rtol >= 0, found {rtol!r}. Leave it out for a default by dtype.")
-    old_inputs = _inputs_for(before, after, example_inputs)
-    new_inputs = _inputs_for(after, before, example_inputs)
+    old_inputs = inputs_for(before, after, example_inputs)
+    new_inputs = inputs_for(after, before, example_inputs)
     old, new = _outputs(before, old_inputs), _outputs(after, new_inputs)
     limit = _default_rtol(old + new) if rtol is None else rtol
     difference = _compare(old, new)
     if difference.within(limit):
         return difference.error
-    layer = _first_layer(before, after, old_inputs, new_inputs, limit)
+    layer = first_layer(before, after, old_inputs, new_inputs, limit)
     expected = difference.expected or f"a relative error of at most rtol={limit:g}"
     remedy = "If rounding alone explains it, compare in float64 or pass a larger rtol."
     if difference.expected:
@@ -82,10 +82,10 @@ def _check(model: object, where: str, inputs: tuple[object, ...]) -> None:
         ) from None
 
 
-def _inputs_for(model: nn.Module, other: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+def inputs_for(model: nn.Module, other: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     """`inputs` on the device and in the floating dtype of `model`, if `other` has another."""
-    device, dtype = _home(model)
-    if (device, dtype) == _home(other):
+    device, dtype = home_of(model)
+    if (device, dtype) == home_of(other):
         return inputs
 
     def move(leaf: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _inputs_for(model: nn.Module, other: nn.Module, inputs: tuple[object, ...]) 
     return moved
 
 
-def _home(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+def home_of(model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """The device and the floating dtype of the parameters (without any, buffers); None unless there is exactly one."""
     tensors: list[Tensor] = [*model.parameters()] or [*model.buffers()]
     devices = {tensor.device for tensor in tensors}
@@ -116,10 +116,10 @@ class _Container:
 
 def _outputs(model: nn.Module, inputs: tuple[object, ...]) -> Leaves:
     with undisturbed(model, inputs):
-        return list(_leaves(model(*copied(inputs)), "output"))
+        return list(leaves_of(model(*copied(inputs)), "output"))
 
 
-def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
+def leaves_of(value: object, path: str) -> Iterator[tuple[str, object]]:
     """Every container and leaf in `value` with its path; tensors as copies on the CPU, mappings sorted by key."""
     if isinstance(value, Tensor):
         yield path, _on_cpu(value, path)
@@ -141,7 +141,7 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
         children = [(pytree.keystr(key), child) for key, child in keyed]
     yield path, _Container(description)
     for key, child in children:
-        yield from _leaves(child, path + key)
+        yield from leaves_of(child, path + key)
 
 
 def _on_cpu(tensor: Tensor, path: str) -> Tensor:
@@ -171,7 +171,9 @@ def _default_rtol(leaves: Leaves) -> float:
 
 
 @dataclass(frozen=True)
-class _Difference:
+class Difference:
+    """How two leaves differ, and where."""
+
     where: str
     error: float
     found: str
@@ -181,40 +183,41 @@ class _Difference:
         return not self.expected and self.error <= rtol
 
 
-_SAME = _Difference("output", 0.0, "0")
+_SAME = Difference("output", 0.0, "0")
 
 
-def _compare(before: Leaves, after: Leaves) -> _Difference:
+def _compare(before: Leaves, after: Leaves) -> Difference:
     """The first mismatch, or else the largest error."""
     worst = _SAME
     for (path, expected), (found_path, found) in zip(before, after, strict=False):  # a container has its length
-        here = _difference(path, expected, found) if path == found_path else _mismatch(path, path, found_path)
+        here = difference_of(path, expected, found) if path == found_path else _mismatch(path, path, found_path)
         if here.expected:
             return here
         worst = max(worst, here, key=lambda each: each.error)
     return worst
 
 
-def _difference(path: str, before: object, after: object) -> _Difference:
+def difference_of(path: str, before: object, after: object) -> Difference:
+    """How the leaf ``after`` differs from ``before``: a mismatch, or a relative error."""
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return _SAME if _equal(before, after) else _mismatch(path, _name(before), _name(after))
     if _kind(before) != _kind(after) or before.shape != after.shape:
         return _mismatch(path, _name(before), _name(after))
     if _kind(before) in ("floating", "complex"):
         error = relative_error(before, after)
-        return _Difference(path, error, f"{error:.2e}")
+        return Difference(path, error, f"{error:.2e}")
     differing = int((before.to(torch.int64) != after.to(torch.int64)).sum())
     found = f"{differing} of {before.numel()} elements different"
     return _mismatch(path, f"equal {_kind(before)} tensors", found) if differing else _SAME
 
 
-def _mismatch(path: str, expected: str, found: str) -> _Difference:
-    return _Difference(path, math.inf, found, expected)
+def _mismatch(path: str, expected: str, found: str) -> Difference:
+    return Difference(path, math.inf, found, expected)
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:
     """‖after − before‖₂ / ‖before‖₂ of two tensors of one shape, in float64; see `verify` for zeros, NaN and ∞."""
-    x, y = _as_float64(before), _as_float64(after)
+    x, y = as_float64(before), as_float64(after)
     finite = x.isfinite() & y.isfinite()
     if not (finite | (x == y) | (x.isnan() & y.isnan())).all():
         return math.inf
@@ -228,7 +231,8 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     return distance / norm if norm else math.inf
 
 
-def _as_float64(tensor: Tensor) -> Tensor:
+def as_float64(tensor: Tensor) -> Tensor:
+    """A real tensor in float64; of a complex one, real and imaginary parts."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.to(torch.complex128).resolve_conj())
     return tensor.to(torch.float64)
@@ -258,16 +262,16 @@ def _name(leaf: object) -> str:
 # --- the layer to look at ---
 
 
-def _first_layer(
+def first_layer(
     before: nn.Module, after: nn.Module, old_inputs: tuple[object, ...], new_inputs: tuple[object, ...], rtol: float
 ) -> str:
     """A sentence that names the first module to differ, found by running both models again."""
     others = dict(after.named_modules(remove_duplicate=False))
     modules = {path: module for path, module in before.named_modules() if path and path in others}
     remaining: dict[str, list[Leaves]] = {path: [] for path in modules}
-    for path, leaves in _recorded(after, {path: others[path] for path in modules}, new_inputs):
+    for path, leaves in recorded(after, {path: others[path] for path in modules}, new_inputs):
         remaining[path].append(leaves)
-    for path, leaves in _recorded(before, modules, old_inputs):
+    for path, leaves in recorded(before, modules, old_inputs):
         if not remaining[path]:
             continue
         difference = _compare(leaves, remaining[path].pop(0))
@@ -278,12 +282,12 @@ def _first_layer(
     return "No layer that both models have differs: look at what runs after the last one or between them."
 
 
-def _recorded(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[object, ...]) -> list[tuple[str, Leaves]]:
+def recorded(model: nn.Module, modules: dict[str, nn.Module], inputs: tuple[object, ...]) -> list[tuple[str, Leaves]]:
     """What these modules of `model` return, call by call, in the order in which the calls end; only its tensors."""
     calls: list[tuple[str, Leaves]] = []
 
     def record(path: str, module: nn.Module, args: object, output: object) -> None:
-        found = _leaves(output, "output")
+        found = leaves_of(output, "output")
         calls.append((path, [(where, leaf) for where, leaf in found if isinstance(leaf, Tensor | _Container)]))
 
     with ExitStack() as hooks:

@@ -210,21 +210,7 @@ def test_a_refusal_keeps_the_first_place_it_names() -> None:
 # Batch norm and the like
 
 
-@st.composite
-def with_depthwise(draw: st.DrawFn) -> Pair:
-    """Two kernels of which one is depthwise and one pointwise, in either order."""
-    other = draw(drawing.kernels(padding=None))
-    d, first = other.dims, draw(st.booleans())
-    c = other.out_channels if first else other.in_channels
-    taps = (1,) * d
-    if all(k == 1 for k in other.kernel_size):
-        taps = tuple(draw(st.integers(1, 3)) for _ in range(d))
-    bias = drawing.random(c) if draw(st.booleans()) else None
-    depthwise = Kernel(drawing.random(c, 1, *taps), bias, draw(drawing.strides(d)), groups=c)
-    return (other, depthwise) if first else (depthwise, replace(other, padding=((0, 0),) * d))
-
-
-@given(with_depthwise())
+@given(drawing.with_depthwise())
 def test_a_depthwise_kernel_beside_a_pointwise_one(pair: Pair) -> None:
     whole = _composed(*pair)
     assert whole.groups == min(pair, key=lambda kernel: kernel.groups).groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from hypothesis import assume, given
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import drawing
 from fxexpand.algebra import Kernel
 from fxexpand.algebra.cost import macs, macs_per_output, parameters
+from fxexpand.testing.draw.layers import convolutions
 
 
 @given(drawing.kernels())
@@ -34,8 +36,8 @@ def test_macs_are_half_of_torchs_flops(kernel: Kernel) -> None:
     assert counter.get_total_flops() == 2 * macs(kernel, size)
 
 
-@given(drawing.conv_layers())
-def test_parameters_are_those_of_the_layer(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+@given(convolutions())
+def test_parameters_are_those_of_the_layer(layer: Any) -> None:
     kernel = Kernel(layer.weight, layer.bias, groups=layer.groups)
     assert parameters(kernel) == sum(parameter.numel() for parameter in layer.parameters())
 

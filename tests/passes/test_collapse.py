@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fxexpand
 from drawing import random
+from expansions import Expansion, expansions
 from fxexpand import CK, CL, FC, ExpansionError, Rule, collapse, contract, expand, layer, uncollapse
 from fxexpand.demo.smallnet import SmallNet
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
-from networks import Case, Functional, Picky, Residual, cases, networks
+from fxexpand.testing import Case, Functional, Picky, Residual, networks
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).reshape(2, 3, 32, 32)
 
@@ -48,8 +49,8 @@ def relative(found: list[Tensor], expected: list[Tensor]) -> float:
 # The same function and gradients
 
 
-@given(cases())
-def test_any_layer_with_any_strategy(case: Case) -> None:
+@given(expansions())
+def test_any_layer_with_any_strategy(case: Expansion) -> None:
     big = expand(nn.Sequential(case.layer), case.strategy, init="standard")
     fast, x = collapse(big), case.signal()
     assert [type(module) for module in fast.modules()].count(Collapsed) == 1
@@ -57,10 +58,10 @@ def test_any_layer_with_any_strategy(case: Case) -> None:
     assert relative(gradients(fast, x), gradients(big, x)) <= 1e-10
 
 
-@given(networks())
-def test_random_networks(model: nn.Module) -> None:
-    big = expand(model, [CL(2), FC(2)], init="standard").train()
-    fast, x = collapse(big), random(3, 4, 13, 13)
+@given(networks(size=13))
+def test_random_networks(case: Case) -> None:
+    big = expand(case.module, [CL(2), FC(2)], init="standard").train()
+    fast, (x,) = collapse(big), case.inputs
     assert list(fast.state_dict()) == list(big.state_dict())
     with torch.random.fork_rng():
         assert relative([fast(x)], [big(x)]) <= 1e-12
@@ -115,7 +116,7 @@ def test_contracting_gives_the_same_weights(strategy: Any) -> None:
     SmallNet(kernel_size=7).double().load_state_dict(ours, strict=True)
 
 
-@pytest.mark.parametrize("make", [small, lambda: expand(Functional(4, bias=True, stride=2), CL(2))])
+@pytest.mark.parametrize("make", [small, lambda: expand(Functional(4, bias=True, stride=2).double(), CL(2))])
 def test_uncollapse_gives_the_explicit_layers_back(make: Callable[[], nn.Module]) -> None:
     big = make()
     back = uncollapse(collapse(big))

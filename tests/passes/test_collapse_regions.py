@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 import fxexpand
-import linear_graphs
 from drawing import random
 from fusing import randomised
 from fxexpand import CL, ExpansionError, FxExpandError, collapse, contract, expand, explain, trace, uncollapse
 from fxexpand.algebra import Kernel
 from fxexpand.passes.collapse import regions_of
 from fxexpand.regions.live_region import LiveRegion
+from fxexpand.testing import Case, linear_graphs
 
 IMAGE = (2, 4, 9, 9)
 
@@ -174,18 +174,18 @@ def after(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [*found, *torch.autograd.grad(total, used, allow_unused=True, materialize_grads=True)]
 
 
-@given(linear_graphs.cases(), st.booleans())
-def test_random_graphs(case: linear_graphs.Case, informed: bool) -> None:
+@given(linear_graphs(), st.booleans())
+def test_random_graphs(case: Case, informed: bool) -> None:
     try:
-        expected = after(copy.deepcopy(case.model), case.inputs)
+        expected = after(copy.deepcopy(case.module), case.inputs)
     except RuntimeError as error:  # autograd does not take all that runs without it
         assume("inplace" not in str(error))
         raise
     try:
-        fast = collapse(copy.deepcopy(case.model), *(case.inputs if informed else ()))
+        fast = collapse(copy.deepcopy(case.module), *(case.inputs if informed else ()))
     except ExpansionError:
         return  # there is no region in it
-    assert sorted(fast.state_dict()) == sorted(case.model.state_dict())  # FX's own copies change the order
+    assert sorted(fast.state_dict()) == sorted(case.module.state_dict())  # FX's own copies change the order
     for model in (fast, uncollapse(fast)):
         for ours, theirs in zip(after(model, case.inputs), expected, strict=True):
             assert float((ours - theirs).norm()) <= 1e-9 * float(theirs.norm() + 1)

@@ -13,11 +13,12 @@ from hypothesis import given
 from torch import Tensor, fx, nn
 
 import fxexpand
+from expansions import Expansion, expansions
 from fxexpand import CK, CL, FC, ContractionError, Rule, layer
 from fxexpand.demo.data import digits
 from fxexpand.demo.smallnet import SmallNet
 from fxexpand.strategies import Strategy
-from networks import Case, Picky, UserConv, cases, networks
+from fxexpand.testing import Case, Picky, UserConv, networks
 
 RULES = [CK(4), CL(2), FC(2)]
 
@@ -35,8 +36,8 @@ def train(model: nn.Module, x: Tensor, steps: int = 3) -> None:
         optimizer.step()
 
 
-@given(cases())
-def test_the_layer_that_comes_back_is_the_one_that_went_in(case: Case) -> None:
+@given(expansions())
+def test_the_layer_that_comes_back_is_the_one_that_went_in(case: Expansion) -> None:
     small = fxexpand.contract(fxexpand.expand(case.layer, case.strategy))
     assert type(small) is type(case.layer)
     assert hyperparameters(small) == hyperparameters(case.layer)
@@ -46,9 +47,9 @@ def test_the_layer_that_comes_back_is_the_one_that_went_in(case: Case) -> None:
 
 
 @given(networks())
-def test_random_networks_come_back_with_their_names_and_classes(model: nn.Module) -> None:
+def test_random_networks_come_back_with_their_names_and_classes(case: Case) -> None:
+    model, (x,) = case.module.train(), case.inputs
     big = fxexpand.expand(model, RULES)
-    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
     train(big, x)
     small = fxexpand.contract(big)
     assert fxexpand.verify(big, small, x) < 1e-10

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 import fxexpand
 from drawing import assert_equal
+from expansions import Expansion, expansions
 from fxexpand import CK, CL, FC, ExpansionError, Rule, RuleError, layer
-from fxexpand.testing import chain_matrix, matrix
-from networks import Case, Functional, Picky, cases, networks
+from fxexpand.testing import Case, Functional, Picky, chain_matrix, matrix, networks
 
 
 def children(model: nn.Module) -> list[nn.Module]:
@@ -25,23 +25,23 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
 
 
-@given(cases())
-def test_the_new_layers_are_the_same_matrix_as_the_old_one(case: Case) -> None:
+@given(expansions())
+def test_the_new_layers_are_the_same_matrix_as_the_old_one(case: Expansion) -> None:
     expanded = fxexpand.expand(case.layer, case.strategy)
     found = chain_matrix(children(expanded), case.size, channels=case.channels)
     assert len(children(expanded)) > 1
     assert_equal(found, matrix(case.layer, case.size), tolerance=1e-11)
 
 
-@given(cases())
-def test_a_module_computes_what_its_matrix_says(case: Case) -> None:
+@given(expansions())
+def test_a_module_computes_what_its_matrix_says(case: Expansion) -> None:
     x = case.signal()
     assert relative(fxexpand.expand(case.layer, case.strategy)(x), case.layer(x)) < 1e-11
 
 
 @given(networks())
-def test_random_networks_keep_their_function_and_every_new_parameter_learns(model: nn.Module) -> None:
-    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
+def test_random_networks_keep_their_function_and_every_new_parameter_learns(case: Case) -> None:
+    model, (x,) = case.module.train(), case.inputs
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = copy.deepcopy(model)(x)
     big = fxexpand.expand(model, [CK(4), CL(2), FC(2)])
@@ -208,7 +208,7 @@ def test_a_parent_that_reads_the_weight_instead_of_calling_the_layer_keeps_its_f
 
 
 def test_functional_calls_expand_and_contract() -> None:
-    model = Functional(4, bias=True, stride=2)
+    model = Functional(4, bias=True, stride=2).double()
     big = fxexpand.expand(model, CL(2))
     assert list(dict(big.named_parameters())) == [
         f"weight.{name}.{kind}" for name in ("expand", "kernel", "reduce") for kind in ("weight", "bias")

@@ -17,7 +17,7 @@ import fxexpand
 from drawing import random
 from fusing import Layers, calls, fused, memory, randomised, refusals, same_function
 from fxexpand.algebra import Kernel
-from networks import UserConv
+from fxexpand.testing import UserConv
 
 
 def image() -> Tensor:

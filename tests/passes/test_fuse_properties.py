@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, find, given, settings
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 import fxexpand
-from linear_graphs import Case, cases
+from fxexpand.testing import Case, assert_equivalent, linear_graphs
 
 When = Literal["cheaper", "always"]
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -23,50 +22,16 @@ _LAYER_CALLS = {
 }
 
 
-class _Recorded(fx.Interpreter):
-    """Runs a graph, and notes the largest magnitude of any value: what rounding is relative to."""
-
-    largest = 0.0
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        for tensor in _tensors(value):
-            self.largest = max(self.largest, _largest(tensor))
-        return value
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def assert_same_function(case: Case, fused: nn.Module, *inputs: Tensor) -> None:
-    """That both return the same, and leave the same in their inputs, which some graphs change in place.
-
-    The error is 1e-9 of each value, or what rounding leaves of a difference: 1e-12 of the largest value in the graph.
-    """
-    ours, theirs = [x.clone() for x in inputs], [x.clone() for x in inputs]
-    run = _Recorded(case.graph)
-    with torch.no_grad():
-        expected = [*_tensors(run.run(*theirs)), *theirs]
-        found = [*_tensors(fused(*ours)), *ours]
-    assert len(found) == len(expected)
-    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
-        assert x.shape == y.shape, f"value {i}: expected shape {tuple(y.shape)}, found {tuple(x.shape)}"
-        assert x.dtype == y.dtype
-        allowed = 1e-9 * _largest(y) + 1e-12 * run.largest
-        error = _largest(x - y)
-        assert error <= allowed, f"value {i}: error {error:.1e} in values up to {_largest(y):.1e}"
+def graph_in(case: Case) -> fx.GraphModule:
+    """The graph of a case: its module, or the only module in that."""
+    (gm,) = (module for module in case.module.modules() if isinstance(module, fx.GraphModule))
+    return gm
 
 
 def inputs_of_other_sizes(case: Case, more: tuple[int, int, int]) -> tuple[Tensor, ...] | None:
     """Longer inputs with as many axes, if the model runs on them."""
     shape = case.inputs[0].shape
-    spatial = case.batched + 1
-    longer = (*shape[:spatial], *(length + extra for length, extra in zip(shape[spatial:], more, strict=False)))
+    longer = (*shape[:2], *(length + extra for length, extra in zip(shape[2:], more, strict=False)))
     inputs = tuple(torch.randn(longer, dtype=torch.float64) for _ in case.inputs)
     return inputs if _runs(case, inputs) else None
 
@@ -74,7 +39,7 @@ def inputs_of_other_sizes(case: Case, more: tuple[int, int, int]) -> tuple[Tenso
 def _runs(case: Case, inputs: tuple[Tensor, ...]) -> bool:
     try:
         with torch.no_grad():
-            fx.Interpreter(case.graph).run(*(x.clone() for x in inputs))  # a GraphModule prints what it raises
+            fx.Interpreter(graph_in(case)).run(*(x.clone() for x in inputs))  # a GraphModule prints what it raises
     except (RuntimeError, ValueError, IndexError):
         return False
     return True
@@ -107,7 +72,7 @@ def macs(model: nn.Module, case: Case) -> int:
 
 
 def fuse(case: Case, when: When, *, informed: bool) -> nn.Module:
-    return fxexpand.fuse(case.model, *(case.inputs if informed else ()), when=when)
+    return fxexpand.fuse(case.module, *(case.inputs if informed else ()), when=when)
 
 
 both = pytest.mark.parametrize("when", ["cheaper", "always"])
@@ -115,30 +80,30 @@ extras = st.tuples(*[st.integers(0, 3)] * 3)
 
 
 @both
-@given(case=cases(), more=extras)
+@given(case=linear_graphs(), more=extras)
 def test_with_example_inputs_it_keeps_the_function(when: When, case: Case, more: tuple[int, int, int]) -> None:
     fused = fuse(case, when, informed=True)
-    assert_same_function(case, fused, *case.inputs)
+    assert_equivalent(case.module, fused, *case.inputs)
     longer = inputs_of_other_sizes(case, more)
     if longer is not None:
-        assert_same_function(case, fused, *longer)
+        assert_equivalent(case.module, fused, *longer)
 
 
 @both
-@given(case=cases(), more=extras)
+@given(case=linear_graphs(), more=extras)
 def test_without_example_inputs_it_keeps_the_function(when: When, case: Case, more: tuple[int, int, int]) -> None:
     """And so for inputs of any number of axes that the model runs on; batch norm reads another axis of fewer axes."""
     fused = fuse(case, when, informed=False)
-    assert_same_function(case, fused, *case.inputs)
-    fewer = None if _norms(case.model) else tuple(x[0] for x in case.inputs)
+    assert_equivalent(case.module, fused, *case.inputs)
+    fewer = None if _norms(case.module) else tuple(x[0] for x in case.inputs)
     further = tuple(x[None] for x in case.inputs)
     for inputs in (inputs_of_other_sizes(case, more), fewer, further):
         if inputs is not None and _runs(case, inputs):
-            assert_same_function(case, fused, *inputs)
+            assert_equivalent(case.module, fused, *inputs)
 
 
 @both
-@given(case=cases(), informed=st.booleans())
+@given(case=linear_graphs(), informed=st.booleans())
 def test_fusing_again_changes_nothing(when: When, case: Case, informed: bool) -> None:
     fused = fuse(case, when, informed=informed)
     again = fxexpand.fuse(fused, *(case.inputs if informed else ()), when=when)
@@ -146,32 +111,32 @@ def test_fusing_again_changes_nothing(when: When, case: Case, informed: bool) ->
     assert sorted(again.state_dict()) == sorted(fused.state_dict())  # copying a GraphModule may change the order
 
 
-@given(case=cases())
+@given(case=linear_graphs())
 def test_it_costs_no_more_than_before(case: Case) -> None:
     fused = fuse(case, "cheaper", informed=True)
-    assert macs(fused, case) <= macs(case.model, case)
+    assert macs(fused, case) <= macs(case.module, case)
 
 
 @both
-@given(case=cases(), informed=st.booleans())
+@given(case=linear_graphs(), informed=st.booleans())
 def test_it_leaves_no_more_layers_than_before(when: When, case: Case, informed: bool) -> None:
-    assert layer_calls(fuse(case, when, informed=informed)) <= layer_calls(case.model)
+    assert layer_calls(fuse(case, when, informed=informed)) <= layer_calls(case.module)
 
 
 @both
-@given(case=cases(), informed=st.booleans())
+@given(case=linear_graphs(), informed=st.booleans())
 def test_the_model_stays_as_it_was_and_shares_nothing(when: When, case: Case, informed: bool) -> None:
-    before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
-    code, nodes = case.graph.code, list(case.graph.graph.nodes)
-    modules = [(path, type(module), module.training) for path, module in case.model.named_modules()]
+    before = {name: tensor.clone() for name, tensor in case.module.state_dict().items()}
+    code, nodes = graph_in(case).code, list(graph_in(case).graph.nodes)
+    modules = [(path, type(module), module.training) for path, module in case.module.named_modules()]
     fused = fuse(case, when, informed=informed)
 
-    after = case.model.state_dict()
+    after = case.module.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert (case.graph.code, list(case.graph.graph.nodes)) == (code, nodes)
-    assert [(path, type(module), module.training) for path, module in case.model.named_modules()] == modules
-    assert not (_memory(case.model) & _memory(fused))
+    assert (graph_in(case).code, list(graph_in(case).graph.nodes)) == (code, nodes)
+    assert [(path, type(module), module.training) for path, module in case.module.named_modules()] == modules
+    assert not (_memory(case.module) & _memory(fused))
     assert not any(module.training for module in fused.modules())
 
 
@@ -179,13 +144,13 @@ def _memory(model: nn.Module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
 
-@given(case=cases(), informed=st.booleans())
+@given(case=linear_graphs(), informed=st.booleans())
 def test_explain_gives_nodes_and_reasons(case: Case, informed: bool) -> None:
-    explanation = fxexpand.explain(case.model, *(case.inputs if informed else ()))
+    explanation = fxexpand.explain(case.module, *(case.inputs if informed else ()))
     assert all(entry.nodes for entry in explanation.merged)
     assert all(entry.nodes and entry.reason for entry in explanation.refused)
     merged = [node for entry in explanation.merged for node in entry.nodes]
-    assert len(merged) <= len(list(case.graph.graph.nodes)), "a node is merged twice"
+    assert len(merged) <= len(list(graph_in(case).graph.nodes)), "a node is merged twice"
     assert str(explanation)
 
 
@@ -195,16 +160,16 @@ def test_the_drawn_graphs_have_much_to_fuse() -> None:
 
     def shrinks(case: Case) -> bool:
         fused = fuse(case, "cheaper", informed=True)
-        branched = any(len(node.users) > 1 for node in case.graph.graph.nodes)
-        return branched and layer_calls(fused) <= layer_calls(case.model) - 2
+        branched = any(len(node.users) > 1 for node in graph_in(case).graph.nodes)
+        return branched and layer_calls(fused) <= layer_calls(case.module) - 2
 
-    assert layer_calls(find(cases(), shrinks, settings=searching).model) >= 3
+    assert layer_calls(find(linear_graphs(), shrinks, settings=searching).module) >= 3
 
     def folds(case: Case) -> bool:
-        return _norms(case.model) > _norms(fuse(case, "cheaper", informed=True))
+        return _norms(case.module) > _norms(fuse(case, "cheaper", informed=True))
 
-    folded = find(cases(), folds, settings=searching)
-    assert _norms(folded.model) >= 1
+    folded = find(linear_graphs(), folds, settings=searching)
+    assert _norms(folded.module) >= 1
 
 
 def _norms(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fxexpand
 from drawing import random
-from fusing import Layers, calls, fused, left_alone, randomised, refusals
+from fusing import Layers, calls, fused, left_alone, randomised, refusals, same_function
 from fxexpand import FxExpandError
 
 
@@ -241,6 +241,48 @@ def test_batch_norm_of_one_dimension_after_a_convolution_of_two_without_batch() 
     x = random(2, 4, 5)
     assert torch.equal(fused(x), model(x))
     assert "no batch" in fxexpand.explain(model).refused[1].reason
+
+
+@pytest.mark.parametrize("informed", [False, True])
+def test_functional_batch_norm_before_a_convolution_of_two_without_batch(informed: bool) -> None:
+    """Axis 1 has as many rows as axis 0 has channels: nothing but the values would tell."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 1, 1, bias=False)
+            self.register_buffer("mean", torch.randn(6))
+            self.register_buffer("var", torch.rand(6) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(F.batch_norm(x, self.mean, self.var))  # type: ignore[arg-type]
+            return y
+
+    model = Rows().double().eval()
+    rows, images = random(6, 6, 6), random(2, 6, 6, 6)
+    examples = (rows,) if informed else ()
+    assert torch.equal(fxexpand.fuse(model, *examples, when="always")(rows), model(rows))
+    reason = refusals(model, *examples)["batch_norm"]
+    assert "no channel" in reason
+    assert calls(fused(model, images, examples=(images,))) == ["Conv2d"]
+
+
+def test_the_channels_of_batch_norm_of_one_dimension_are_not_those_of_a_convolution_without_batch() -> None:
+    """6 rows and 2 channels: the slice takes one of 2."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm1d(6), nn.Conv2d(1, 1, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv((self.bn(x) * 1.5)[..., -1:, :, :])
+            return y
+
+    model = randomised(Sliced())
+    x = random(2, 6, 6)
+    for examples in ((), (x,)):
+        same_function(fxexpand.fuse(model, *examples, when="always"), model, x)
 
 
 def test_a_value_that_layers_read_along_different_axes() -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fxexpand
 from fxexpand import CK, CL, FC, ContractionError, ExpansionError, Rule, layer
+from fxexpand.testing import graph
 
 DOUBLE = torch.float64
 
@@ -491,3 +492,15 @@ def test_a_layer_with_state_dict_hooks_is_refused_or_survives() -> None:
     model[0].register_load_state_dict_pre_hook(lambda *args: None)
     big = expanded_unless_refused(model, FC(2), "hook")
     assert big is None or list(fxexpand.contract(copy.deepcopy(big)).state_dict()) == list(model.state_dict())
+
+
+def test_a_layer_under_two_names_of_a_graph_module_stays_under_both() -> None:
+    """copy.deepcopy of a GraphModule keeps the first name alone, and an empty module under the second."""
+    source = "def forward(self, x): return self.one(x) + self.two(torch.relu(x))"
+    gm = graph(source, one=nn.Linear(3, 4), two="one").double()
+    x = torch.randn(2, 3, dtype=DOUBLE)
+    big = fxexpand.expand(gm, FC(2))
+    for rewritten in (big, fxexpand.collapse(big), fxexpand.contract(big), fxexpand.contract(fxexpand.collapse(big))):
+        assert rewritten.get_submodule("two") is rewritten.get_submodule("one")
+        assert fxexpand.verify(gm, rewritten, x) < 1e-12
+    gm.load_state_dict(fxexpand.contract(big).state_dict(), strict=True)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import drawing
 from fxexpand.testing import chain_matrix, conv_matrix, matrix
+from fxexpand.testing.draw.layers import convolutions
+from fxexpand.testing.draw.sizes import PADDING_MODES
 
 SMALL = {1: 8, 2: 5, 3: 3}  # the most samples an axis, by number of axes
 
@@ -51,8 +53,9 @@ def test_the_matrix_that_the_paper_prints() -> None:
     assert conv_matrix(layer.weight, size=(3, 3))[0].tolist() == expected
 
 
-@given(drawing.conv_layers(), st.data())
-def test_convolutions_with_every_option(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, data: st.DataObject) -> None:
+@given(convolutions(), st.data())
+def test_convolutions_with_every_option(layer: Any, data: st.DataObject) -> None:
+    layer = layer.double()
     d = len(layer.kernel_size)
     size = data.draw(st.tuples(*[st.integers(1, SMALL[d])] * d))
     if _takes(layer, layer.in_channels, size):
@@ -62,7 +65,7 @@ def test_convolutions_with_every_option(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
             matrix(layer, size)
 
 
-@pytest.mark.parametrize("mode", drawing.PADDING_MODES)
+@pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_padding_modes_reach_as_far_as_torch_lets_them(d: int, mode: Any) -> None:
     for padding in (1, 2, 3):
@@ -80,7 +83,7 @@ def test_padding_modes_reach_as_far_as_torch_lets_them(d: int, mode: Any) -> Non
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("taps", [2, 3, 4])
 def test_same_padding_of_even_windows_is_larger_after_the_signal(d: int, taps: int) -> None:
-    for mode, dilation in product(drawing.PADDING_MODES, (1, 3)):
+    for mode, dilation in product(PADDING_MODES, (1, 3)):
         window: Any = (taps, *[2] * (d - 1))
         options: dict[str, Any] = {"padding": "same", "dilation": dilation, "padding_mode": mode}
         layer = drawing.CONVOLUTIONS[d - 1](1, 2, window, dtype=torch.float64, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, fx, nn
 
 Shape: TypeAlias = tuple[int, ...]
 
-_DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 _MOST_ELEMENTS = 6000
 
 
@@ -28,13 +28,20 @@ class Sketch:
         self.shapes: dict[fx.Node, Any] = dict.fromkeys(self.values, shape)
         self._count = 0
 
+    def tried(self, add: Callable[[Sketch, fx.Node], fx.Node], value: fx.Node) -> fx.Node | None:
+        """The value that ``add`` makes of ``value``; None where it cannot stand there."""
+        try:
+            return add(self, value)
+        except Misfit:
+            return None
+
     def dims(self, value: fx.Node) -> int:
         """The spatial axes of ``value``."""
         return max(len(self.shapes[value]) - (2 if self.batched else 1), 0)
 
     def module(self, module: nn.Module, value: fx.Node) -> fx.Node:
         """A call of a new ``module``."""
-        shape = self._shape_of(module.double().eval(), (value,), {})
+        shape = self._shape_of(module.eval(), (value,), {})
         path = self._name(type(module).__name__.lower())
         self.root.add_module(path, module)
         return self.again(path, value, shape)
@@ -56,7 +63,7 @@ class Sketch:
         if tensor is None:
             return None
         path = self._name("buffer" if buffer else "parameter")
-        held = tensor.detach().clone()
+        held = tensor.detach().clone(memory_format=torch.contiguous_format)
         if buffer:
             self.root.register_buffer(path, held)
         else:
@@ -84,8 +91,8 @@ class Sketch:
         def stand_in(node: fx.Node) -> Any:
             shape = self.shapes[node]
             if isinstance(shape, list):
-                return [torch.zeros(part, **_DOUBLE) for part in shape]
-            return torch.zeros(shape, **_DOUBLE)
+                return [torch.zeros(part) for part in shape]
+            return torch.zeros(shape)
 
         args, kwargs = fx.node.map_arg((args, kwargs), stand_in)
         try:

@@ -1,6 +1,6 @@
 """Hypothesis strategies for the linear steps of a graph; each draws what adds the step behind a value.
 
-They know nothing of shapes: what a step becomes is decided where it is added. Weights are random, in float64.
+They know nothing of shapes: what a step becomes is decided where it is added.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from drawing import PADDING_MODES
-from sketching import Misfit, Sketch
+from fxexpand.testing.draw.drafts import conv_drafts, triples
+from fxexpand.testing.draw.sketch import Misfit, Sketch
 
 # Adds calls behind a value, and gives the new value.
 Add: TypeAlias = "Callable[[Sketch, fx.Node], fx.Node]"
 
-_DOUBLE: dict[str, Any] = {"dtype": torch.float64}
-_CONVOLUTIONS: Any = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: Any = (None, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS: Any = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS: Any = (None, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _ZERO_PADS: Any = (None, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
@@ -40,10 +37,12 @@ _CALLS: Any = {
 
 
 def module(make: Callable[[], nn.Module]) -> Add:
+    """The step that calls a new module."""
     return lambda sketch, value: sketch.module(make(), value)
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Add:
+    """The step that calls a function, or a method by its name."""
     return lambda sketch, value: sketch.call(function, value, *args, **kwargs)
 
 
@@ -54,50 +53,23 @@ def nth(choices: Any, index: int) -> Any:
     return choices[index % len(choices)]
 
 
-def _divisors(m: int, n: int) -> list[int]:
-    return [g for g in range(1, m + 1) if m % g == n % g == 0]
-
-
-def _triples(entries: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[int, int, int]]:
-    return st.tuples(entries, entries, entries)
-
-
 PASSING = (module(nn.Identity), module(nn.Dropout), call(F.dropout, training=False))
 
 
 @st.composite
-def convolutions(draw: st.DrawFn, transposed: bool = False) -> Add:
+def convolutions(draw: st.DrawFn, transposed: bool = False, *, modules: bool = False) -> Add:
     """A convolution with any options, as a module or as a call."""
-    taps, dilation = draw(_triples(st.sampled_from((1, 3, 2)))), draw(_triples(st.sampled_from((1, 1, 2))))
-    stride = draw(_triples(st.sampled_from((1, 1, 2, 3))) if draw(st.booleans()) else st.just((1, 1, 1)))
-    padding = draw(st.sampled_from(("none", "half", "full", "same")) | _triples(st.integers(0, 2)))
-    out, group = draw(st.sampled_from((0, 0, 1, 2, 3, 4))), draw(st.sampled_from((0, 0, 1, -1)))
-    bias = draw(st.booleans())
-    mode = draw(st.sampled_from((*("zeros",) * 6, *PADDING_MODES)))
-    functional, unbatched = draw(st.booleans()), draw(st.integers(0, 19)) == 19
+    draft = draw(conv_drafts(transposed=transposed))
+    functional, unbatched = not modules and draw(st.booleans()), draw(st.integers(0, 19)) == 19
 
     def add(sketch: Sketch, value: fx.Node) -> fx.Node:
         shape = sketch.shapes[value]
         d = sketch.dims(value) + (1 if unbatched and sketch.batched else 0)
         if not 1 <= d <= 3:
             raise Misfit
-        m = shape[-d - 1]
-        n = out or m
-        k, steps = taps[:d], stride[:d]
-        reach = [step * (taps - 1) for step, taps in zip(dilation, k, strict=False)]
-        named: dict[Any, Any] = {"none": (0,) * d, "half": tuple(r // 2 for r in reach), "full": tuple(reach)}
-        sides: Any = named.get(padding, padding)
-        options: dict[str, Any] = {"groups": nth(_divisors(m, n), group), "bias": bias, "dilation": dilation[:d]}
-        if transposed:
-            sides = (0,) * d if sides == "same" else tuple(sides[:d])
-            layer = _TRANSPOSED[d](m, n, k, steps, sides, output_padding=int(min(steps) > 1 and group == 1), **options)
-        else:
-            steps = (1,) * d if sides == "same" else steps  # torch has no other "same"
-            sides = sides if sides == "same" else tuple(sides[:d])
-            layer = _CONVOLUTIONS[d](m, n, k, steps, sides, padding_mode=mode, **options)
-        if not functional or mode != "zeros":
+        layer: Any = draft.build(d, shape[-d - 1])
+        if not functional or draft.mode != "zeros":
             return sketch.module(layer, value)
-        layer.double()
         weight, shift = sketch.constant(layer.weight), sketch.constant(layer.bias)
         names = ("stride", "padding", "output_padding", "groups", "dilation")
         settings = {name: getattr(layer, name) for name in names if transposed or name != "output_padding"}
@@ -107,13 +79,13 @@ def convolutions(draw: st.DrawFn, transposed: bool = False) -> Add:
 
 
 @st.composite
-def linears(draw: st.DrawFn) -> Add:
+def linears(draw: st.DrawFn, *, modules: bool = False) -> Add:
     """A linear layer on the last axis, whatever axis that is."""
     n, bias = draw(st.sampled_from((3, 2, 4))), draw(st.booleans())
-    form = draw(st.sampled_from(("module", "linear", "matmul", "addmm")))
+    form = "module" if modules else draw(st.sampled_from(("module", "linear", "matmul", "addmm")))
 
     def add(sketch: Sketch, value: fx.Node) -> fx.Node:
-        layer = nn.Linear(sketch.shapes[value][-1], n, bias=bias, **_DOUBLE)
+        layer = nn.Linear(sketch.shapes[value][-1], n, bias=bias)
         if form == "module":
             return sketch.module(layer, value)
         if form == "linear":
@@ -127,22 +99,17 @@ def linears(draw: st.DrawFn) -> Add:
 
 
 @st.composite
-def norms(draw: st.DrawFn) -> Add:
-    """Batch norm in eval mode with random statistics, on axis 1, whatever axis that is."""
-    affine, functional = draw(st.booleans()), draw(st.booleans())
+def norms(draw: st.DrawFn, *, modules: bool = False) -> Add:
+    """Batch norm in eval mode, on axis 1, whatever axis that is."""
+    affine, functional = draw(st.booleans()), not modules and draw(st.booleans())
 
     def add(sketch: Sketch, value: fx.Node) -> fx.Node:
         shape = sketch.shapes[value]
         if not 2 <= len(shape) <= 5:
             raise Misfit
         norm = _NORMS[len(shape) - 2](shape[1], affine=affine)
-        with torch.no_grad():
-            for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
-                tensor.uniform_(0.5, 2)
-            norm.running_mean.sub_(1.2)
         if not functional:
             return sketch.module(norm, value)
-        norm.double()
         buffers = [sketch.constant(t, buffer=True) for t in (norm.running_mean, norm.running_var)]
         return sketch.call(F.batch_norm, value, *buffers, sketch.constant(norm.weight), sketch.constant(norm.bias))
 
@@ -150,11 +117,11 @@ def norms(draw: st.DrawFn) -> Add:
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> Add:
+def pools(draw: st.DrawFn, *, modules: bool = False) -> Add:
     """An average pool."""
-    window, stride = draw(_triples(st.integers(1, 3))), draw(st.none() | _triples(st.integers(1, 2)))
+    window, stride = draw(triples(st.integers(1, 3))), draw(st.none() | triples(st.integers(1, 2)))
     padding, ceil, count = draw(st.sampled_from((0, 0, 1))), draw(st.integers(0, 4)) == 4, draw(st.integers(0, 4)) < 4
-    functional = draw(st.booleans())
+    functional = not modules and draw(st.booleans())
 
     def add(sketch: Sketch, value: fx.Node) -> fx.Node:
         d = sketch.dims(value)
@@ -170,13 +137,15 @@ def pools(draw: st.DrawFn) -> Add:
 
 
 @st.composite
-def paddings(draw: st.DrawFn) -> Add:
+def paddings(draw: st.DrawFn, *, modules: bool = False) -> Add:
     """Zeros around the signal, or a crop; sometimes around its channels, or of another kind, which no layer does."""
     amounts = draw(st.lists(st.sampled_from((0, 1, 2, -1)), min_size=2, max_size=6).map(lambda a: a[: len(a) // 2 * 2]))
-    kind = draw(st.sampled_from(("zeros", "zeros", "zeros", "module", "ones", "replicate")))
+    kind = "module" if modules else draw(st.sampled_from(("zeros", "zeros", "zeros", "module", "ones", "replicate")))
 
     def add(sketch: Sketch, value: fx.Node) -> fx.Node:
         d = sketch.dims(value)
+        if modules and not 1 <= d <= 3:
+            raise Misfit
         if kind == "module" and 1 <= d <= 3:
             return sketch.module(_ZERO_PADS[d](tuple((amounts * 3)[: 2 * d])), value)
         if kind == "replicate":
@@ -210,7 +179,7 @@ def scalings(draw: st.DrawFn) -> Add:
         shapes = {"channels": per_channel, "columns": shape[-1:], "batch of channels": (1, *per_channel)}
         operand: Any = 1.5
         if constant != "number":
-            operand = sketch.constant(torch.rand(shapes.get(constant, ()), **_DOUBLE) + 0.5)
+            operand = sketch.constant(torch.empty(shapes.get(constant, ())))
         function = _OPERATORS[operation][form]
         number_first = form == 0 or (form == 1 and constant != "number")  # torch.mul takes no number first
         if swapped and number_first and operation != "/":  # which would divide by what may be zero
@@ -245,6 +214,10 @@ def selections(draw: st.DrawFn) -> Add:
     return add
 
 
-def unary() -> st.SearchStrategy[Add]:
-    common = (convolutions(), convolutions(), norms(), scalings())
-    return st.one_of(*common, linears(), pools(), paddings(), selections(), st.sampled_from(PASSING))
+def unary(*, modules: bool = False) -> st.SearchStrategy[Add]:
+    """Any linear step with one operand; with ``modules``, only such as are the call of a module."""
+    common = (convolutions(modules=modules), norms(modules=modules))
+    rarer = (linears(modules=modules), pools(modules=modules), paddings(modules=modules))
+    if modules:
+        return st.one_of(*common, *common, *rarer, st.sampled_from(PASSING[:2]))
+    return st.one_of(convolutions(), *common, scalings(), *rarer, selections(), st.sampled_from(PASSING))

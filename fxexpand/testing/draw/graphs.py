@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from drawing import random
-from linear_steps import Add, call, convolutions, module, nth, unary
-from sketching import Misfit, Shape, Sketch
+from fxexpand.testing.blocks import Outer
+from fxexpand.testing.case import Case
+from fxexpand.testing.draw.sketch import Shape, Sketch
+from fxexpand.testing.draw.steps import Add, call, convolutions, module, nth, unary
 
 _LENGTHS = {0: 3, 1: 9, 2: 6, 3: 4}
 
@@ -37,21 +37,6 @@ class Step:
 
     add: Add
     back: int = 0
-
-
-class Case:
-    """A model in eval mode, and inputs it runs on. ``graph`` is the model, or the only module in it."""
-
-    def __init__(self, model: nn.Module, graph: fx.GraphModule, inputs: tuple[Tensor, ...], *, batched: bool) -> None:
-        self.model = model
-        self.graph = graph
-        self.inputs = inputs
-        self.batched = batched
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
-        code = str(self.graph).partition("# To see more")[0].rstrip()
-        return f"{code}\ninputs of shape {shapes}{'' if self.model is self.graph else ', inside a module'}"
 
 
 @st.composite
@@ -99,15 +84,8 @@ def blocks(draw: st.DrawFn) -> Add:
 
 def _chained(sketch: Sketch, value: fx.Node, chain: list[Add]) -> fx.Node:
     for add in chain:
-        value = _tried(sketch, value, add) or value
+        value = sketch.tried(add, value) or value
     return value
-
-
-def _tried(sketch: Sketch, value: fx.Node, add: Add) -> fx.Node | None:
-    try:
-        return add(sketch, value)
-    except Misfit:
-        return None
 
 
 @st.composite
@@ -143,8 +121,8 @@ def _steps() -> st.SearchStrategy[Step]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any graph, with one or two inputs of the same shape."""
+def linear_graphs(draw: st.DrawFn) -> Case:
+    """Any graph, with one or two inputs of the same shape; in a few cases, inside another module."""
     d, batched = draw(st.integers(0, 3)), draw(st.integers(0, 5)) < 5
     channels = draw(st.sampled_from((2, 4, 3, 1)))
     sizes = [_LENGTHS[d] + draw(st.integers(0, 2)) for _ in range(d)]
@@ -152,23 +130,11 @@ def cases(draw: st.DrawFn) -> Case:
     sketch = Sketch(shape, draw(st.sampled_from((1, 1, 1, 2))), batched=batched)
     for step in draw(st.lists(_steps(), min_size=1, max_size=8)):
         last = len(sketch.values) - 1
-        value = _tried(sketch, sketch.values[max(last - step.back, 0)], step.add)
+        value = sketch.tried(step.add, sketch.values[max(last - step.back, 0)])
         if value is not None:
             sketch.values.append(value)
     returned = draw(st.lists(st.integers(1, 6), max_size=1))
     outputs = [sketch.values[-1], *(sketch.values[-1 - back] for back in returned if back < len(sketch.values))]
-    graph = sketch.finish(outputs)
-    model = Outer(graph).eval() if draw(st.integers(0, 4)) == 4 else graph
-    inputs = tuple(random(*shape) for node in graph.graph.nodes if node.op == "placeholder")
-    return Case(model, graph, inputs, batched=batched)
-
-
-class Outer(nn.Module):
-    """A module around a graph."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.inner(*inputs)
+    gm = sketch.finish(outputs)
+    inputs = [shape for node in gm.graph.nodes if node.op == "placeholder"]
+    return Case(Outer(gm) if draw(st.integers(0, 4)) == 4 else gm, inputs)
