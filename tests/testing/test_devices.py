@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from torch import nn
 
 import fxexpand
@@ -86,6 +86,10 @@ def moved(case: Case, precision: Precision, device: torch.device) -> tuple[nn.Mo
     return model, inputs
 
 
+# Each property runs in every precision, on every device.
+fewer = settings(max_examples=max(5, settings().max_examples // 3))
+
+
 def assume_it_runs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     """Leave out what torch itself has not written for the dtype."""
     try:
@@ -122,6 +126,7 @@ def test_the_battery(device: torch.device, precision: Precision) -> None:
     assert device.type in report.subject
 
 
+@fewer
 @given(case=linear_graphs())
 def test_fusing_graphs(device: torch.device, precision: Precision, case: Case) -> None:
     model, inputs = moved(case, precision, device)
@@ -129,6 +134,7 @@ def test_fusing_graphs(device: torch.device, precision: Precision, case: Case) -
     assert_equivalent(model, fxexpand.fuse(model, *inputs), *inputs)
 
 
+@fewer
 @given(case=layers() | linear_chains())
 def test_fusing_layers_and_chains(device: torch.device, precision: Precision, case: Case) -> None:
     model, inputs = moved(case, precision, device)
@@ -136,6 +142,7 @@ def test_fusing_layers_and_chains(device: torch.device, precision: Precision, ca
     assert_equivalent(model, fxexpand.fuse(model, when="always"), *inputs)
 
 
+@fewer
 @given(case=networks())
 def test_expanding_collapsing_and_contracting_networks(device: torch.device, precision: Precision, case: Case) -> None:
     if any(isinstance(module, Picky) for module in case.module.modules()) and precision.dtype != torch.float64:
