@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from fxexpand.graph.copying import ATOMS, deep_copy
+from fxexpand.graph.plain import surely_has_code
 from fxexpand.graph.tracer import ReplayTracer
 
 
@@ -31,8 +32,13 @@ class TracedModule(fx.GraphModule):
         traced_class: type[nn.Module]
 
     @staticmethod
-    def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+    def adopt(
+        model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = (), *, compiled: bool = True
+    ) -> None:
         """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it.
+
+        Without ``compiled``, a graph that can surely be written as code is not written yet: until ``recompile``, or
+        ``compile_all`` at the latest, calls run the forward that ``model`` had.
 
         Raises what FX raises where a graph cannot be written as code; then ``model`` is as it was.
         """
@@ -40,11 +46,21 @@ class TracedModule(fx.GraphModule):
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
         state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
         traced = _blank(type(model))
-        traced._fill(state)
+        if compiled or not surely_has_code(graph):
+            traced._fill(state)
+        else:
+            vars(traced).update(state)
         model.__class__ = type(traced)
         vars(model).clear()
         vars(model).update(vars(traced))
         graph.owning_module = cast(TracedModule, model)
+
+    @staticmethod
+    def compile_all(model: nn.Module) -> None:
+        """Compile the graphs in ``model`` that never were since they were adopted."""
+        for module in model.modules():
+            if isinstance(module, TracedModule) and "forward" not in vars(type(module)):
+                module.recompile()
 
     @staticmethod
     def keep_whole(gm: fx.GraphModule) -> None:
