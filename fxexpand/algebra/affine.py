@@ -53,7 +53,7 @@ class Affine:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Affine:
         """The same map with its tensors in ``dtype``, on ``device``."""
-        return replace(self, kernel=self.kernel.to(dtype=dtype, device=device))
+        return Affine(self.kernel.to(dtype=dtype, device=device), self.border, self.transposed)
 
     def output_size(self, size: Ints) -> Ints:
         """The spatial size of the output for an input of spatial size ``size``, at least 1 an axis."""
@@ -131,7 +131,7 @@ def scales(affine: Affine) -> bool:
 
 def scaled_and_rounded(affine: Affine, scale: Affine, dtype: torch.dtype) -> Affine:
     """``scale`` after ``affine``, computed in float64 and rounded once to ``dtype``; see ``compose_rounded``."""
-    return replace(affine, kernel=compose_rounded(affine.kernel, scale.kernel, dtype))
+    return Affine(compose_rounded(affine.kernel, scale.kernel, dtype), affine.border, affine.transposed)
 
 
 def _with_transposed(first: Affine, second: Affine) -> Affine | Refusal:

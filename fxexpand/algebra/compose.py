@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import gcd
 
 import torch
@@ -84,7 +83,7 @@ def compose_rounded(first: Kernel, scale: Kernel, dtype: torch.dtype) -> Kernel:
     if first.bias is not None:
         scaled = first.bias.detach().double() * factors
         bias = scaled if bias is None else bias + scaled
-    return replace(first, weight=weight, bias=None if bias is None else bias.to(dtype))
+    return first.over(weight, None if bias is None else bias.to(dtype))
 
 
 def padding_refusal(first: Kernel, second: Kernel) -> Refusal | None:
