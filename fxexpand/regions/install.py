@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.compose import Blocks
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
@@ -38,7 +39,8 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     edits: list[Edit] = []
     made: list[Made] = []
     # All weights first: what comes after them in a loop would find nothing of its own in the processor's caches.
-    maps = [_map(*same[0]) for same in alike]
+    blocks = Blocks()
+    maps = [_map(*same[0], blocks) for same in alike]
     for same, (exact, affine) in zip(alike, maps, strict=True):
         reading, first = same[0]
         flags = _flags(reading, first)
@@ -54,9 +56,9 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     return made
 
 
-def _map(reading: Reading, merge: Merge) -> tuple[Affine | None, Affine]:
+def _map(reading: Reading, merge: Merge, blocks: Blocks) -> tuple[Affine | None, Affine]:
     """The map of a merge in float64, where it is kept, and the one to make a layer of."""
-    rounded = scaled_layer(reading, merge.stretch, _weight(reading, merge).dtype)
+    rounded = scaled_layer(reading, merge.stretch, _weight(reading, merge).dtype, blocks)
     if rounded is not None:
         return None, rounded
     exact = map_of_parts(reading, merge.parts, merge.order)
