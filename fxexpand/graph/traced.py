@@ -186,10 +186,11 @@ def with_own_tensors(model: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
     Works on ``model`` itself, unless there are tensors in plain attributes, for which all of it is copied.
     """
     memo: dict[int, Any] = {id(p): p for module in own for p in module.parameters()}
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    modules = list(model.modules())
+    held = {id(t) for module in modules for table in (module._parameters, module._buffers) for t in table.values()}
     if any(isinstance(value, Tensor) and id(value) not in held for value in _shareable(model)):
         return copy_model(model, share=False)
-    for module in model.modules():
+    for module in modules:
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             table.update({name: _copied(tensor, memo) for name, tensor in table.items() if tensor is not None})
