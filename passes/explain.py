@@ -33,7 +33,7 @@ def explain(
 
     Raises ``FxExpandError`` as ``fuse`` does.
     """
-    work = prepared(model, "explain", when, lifts)
+    work = prepared(model, "explain", when, lifts, runs=bool(example_inputs))
     prefixes = {id(module): path for path, module in work.named_modules()}
     merged: list[Merged] = []
     refused: list[Refused] = []

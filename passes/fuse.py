@@ -15,7 +15,7 @@ from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.trace import Limits, check_model, open_up
-from fxexpand.graph.traced import copy_model, with_own_tensors
+from fxexpand.graph.traced import TracedModule, copy_model, with_own_tensors
 from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
 from fxexpand.passes.collapse import release_all
@@ -53,7 +53,7 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
     Warns once when batch norm in training mode is all that holds up a merge. Raises ``FxExpandError`` for what is no
     module, a ``when`` it does not know, or inputs that the model does not run on.
     """
-    work, layers, made = _contracted(prepared(model, "fuse", when, lifts))
+    work, layers, made = _contracted(prepared(model, "fuse", when, lifts, runs=bool(example_inputs)))
     new = list(layers.values())
     shapes = shapes_of(work, example_inputs, "fuse")
     held_up = False
@@ -69,6 +69,7 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
         warnings.warn(
             "fuse: batch norm in training mode holds up merges; call model.eval() first", UserWarning, stacklevel=2
         )
+    TracedModule.compile_all(work)
     return with_own_tensors(work, new)
 
 
@@ -92,13 +93,18 @@ def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[
     return layers.get(id(work), work), layers, maps
 
 
-def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None) -> nn.Module:
-    """The graphs of ``model`` over its own tensors, once the arguments are checked."""
+def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None, *, runs: bool) -> nn.Module:
+    """The graphs of ``model`` over its own tensors, once the arguments are checked; compiled where the model ``runs``.
+
+    Otherwise a graph that is going to be rewritten is compiled once, when it has been.
+    """
     check_model(model, task, FxExpandError)
     if when not in ("cheaper", "always"):
         raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
     check_lifts(lifts, task)
-    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ()), evaluated=True))
+    # What the user says of modules is code, that may run some of the model.
+    limits = Limits(tuple(lifts or ()), evaluated=True, compiled=runs or bool(lifts))
+    work = open_up(copy_model(model, share=True), limits)
     release_all(work)
     return work
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxexpand.algebra.combine import add, concatenate, scaled
-from fxexpand.algebra.compose import compose, compose_rounded
+from fxexpand.algebra.compose import Blocks, compose, compose_rounded
 from fxexpand.algebra.cost import macs
 from fxexpand.algebra.kernel import Ints, Kernel, Sides, pad_amounts, with_groups
 from fxexpand.algebra.refusal import Refusal
@@ -53,7 +53,7 @@ class Affine:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Affine:
         """The same map with its tensors in ``dtype``, on ``device``."""
-        return replace(self, kernel=self.kernel.to(dtype=dtype, device=device))
+        return Affine(self.kernel.to(dtype=dtype, device=device), self.border, self.transposed)
 
     def output_size(self, size: Ints) -> Ints:
         """The spatial size of the output for an input of spatial size ``size``, at least 1 an axis."""
@@ -129,9 +129,9 @@ def scales(affine: Affine) -> bool:
     return kernel.depthwise and kernel.pointwise and set(kernel.stride) <= {1} and not any(map(any, kernel.padding))
 
 
-def scaled_and_rounded(affine: Affine, scale: Affine, dtype: torch.dtype) -> Affine:
+def scaled_and_rounded(affine: Affine, scale: Affine, dtype: torch.dtype, blocks: Blocks) -> Affine:
     """``scale`` after ``affine``, computed in float64 and rounded once to ``dtype``; see ``compose_rounded``."""
-    return replace(affine, kernel=compose_rounded(affine.kernel, scale.kernel, dtype))
+    return Affine(compose_rounded(affine.kernel, scale.kernel, dtype, blocks), affine.border, affine.transposed)
 
 
 def _with_transposed(first: Affine, second: Affine) -> Affine | Refusal:

@@ -91,12 +91,17 @@ class Kernel:
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kernel:
         """The same map with its tensors in ``dtype``, on ``device``; on "meta", it computes shapes alone."""
         bias = None if self.bias is None else self.bias.to(dtype=dtype, device=device)
-        return replace(self, weight=self.weight.to(dtype=dtype, device=device), bias=bias)
+        return self.over(self.weight.to(dtype=dtype, device=device), bias)
 
     def detach(self) -> Kernel:
         """The same map, cut off from autograd."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
+        return self.over(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+    def over(self, weight: Tensor, bias: Tensor | None) -> Kernel:
+        """The map with the same settings and other numbers; the shapes are those of this one, and not checked again."""
+        kernel = object.__new__(Kernel)
+        vars(kernel).update(vars(self), weight=weight, bias=bias)
+        return kernel
 
     def output_size(self, size: Ints) -> Ints:
         """The spatial size of the output for an input of spatial size ``size``."""

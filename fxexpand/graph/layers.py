@@ -29,7 +29,10 @@ def is_layer(module: nn.Module) -> bool:
 
     A subclass that keeps ``forward`` is one; a subclass, or an object, that has a ``forward`` of its own is not.
     """
-    return any(_computes_as(module, base) for base in type(module).__mro__ if base in _LAYERS)
+    cls = type(module)
+    if cls in _LAYERS:
+        return "forward" not in vars(module)
+    return any(_computes_as(module, base) for base in cls.__mro__ if base in _LAYERS)
 
 
 def is_expandable_class(module: nn.Module) -> bool:
@@ -82,7 +85,8 @@ def peculiarity(layer: nn.Module) -> Refusal | None:
         return Refusal("its weight is computed by a hook (weight norm, pruning, ...); make it permanent first")
     if has_hooks(layer) or any(getattr(layer, name, None) for name in _STATE_HOOKS):
         return Refusal("it has hooks (forward, backward or state_dict), which would be lost; remove them first")
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters(recurse=False)):
+    held = [p for p in layer._parameters.values() if p is not None]
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held):
         return Refusal("its weight or bias has gradient hooks, which would be lost; remove them first")
     if layer._modules:
         return Refusal(f"it holds modules of its own ({', '.join(layer._modules)})")

@@ -12,6 +12,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS, geometry_of
 from fxexpand.graph.layers import is_layer
 
+_LINEAR = tuple(DIMS)
 _PADS: dict[str, tuple[type[nn.Module], ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
@@ -25,11 +26,19 @@ def lift_bare(layer: nn.Module | None) -> Kernel | Refusal:
 
     Refuses any other module.
     """
-    if layer is None or not (is_layer(layer) and isinstance(layer, tuple(DIMS))):
+    lifted = lift_padded(layer, padded=False)
+    return lifted if isinstance(lifted, Refusal) else lifted[0]
+
+
+def lift_padded(layer: nn.Module | None, *, padded: bool = True) -> tuple[Kernel, str, Sides] | Refusal:
+    """The same kernel, ``padded`` where that is with zeros; the mode of the padding, and the sides of another mode."""
+    if layer is None or not (is_layer(layer) and isinstance(layer, _LINEAR)):
         return Refusal(f"{type(layer).__name__} is no convolution or linear layer")
-    geometry = geometry_of(layer)
+    own = geometry_of(layer)
+    mode = own.padding_mode if own.padded else "zeros"
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    return Kernel(weight, bias, geometry.stride, (), geometry.dilation, geometry.groups)
+    sides = own.padding if padded and mode == "zeros" else ()
+    return Kernel(weight, bias, own.stride, sides, own.dilation, own.groups), mode, own.padding
 
 
 def pad_module(mode: str, padding: Sides) -> nn.Module:
@@ -43,8 +52,8 @@ def padding_of(layer: nn.Module | None) -> tuple[str, Sides] | None:
     for mode, classes in _PADS.items():
         if type(layer) in classes:
             return mode, pad_sides(cast("tuple[int, ...]", vars(layer)["padding"]))
-    if isinstance(layer, tuple(DIMS)):
-        geometry = geometry_of(cast(nn.Module, layer))
+    if isinstance(layer, _LINEAR):
+        geometry = geometry_of(layer)
         return (geometry.padding_mode, geometry.padding) if geometry.padded else None
     return None
 

@@ -61,10 +61,14 @@ def check_model(model: object, task: str, error: type[FxExpandError] = Expansion
 
 @dataclass(frozen=True)
 class Limits:
-    """What graphs are not to go into: instances of ``leaves``; and whether modules in eval mode are to stay in it."""
+    """What graphs are not to go into: instances of ``leaves``; and whether modules in eval mode are to stay in it.
+
+    ``compiled`` says whether graphs are to run as they are; without it, see ``TracedModule.adopt``.
+    """
 
     leaves: tuple[type[nn.Module], ...] = ()
     evaluated: bool = False
+    compiled: bool = True
 
 
 def open_up(model: nn.Module, limits: Limits, opened: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -94,7 +98,7 @@ def _open(model: nn.Module, limits: Limits, opened: dict[int, nn.Module]) -> nn.
 def _adopted(model: nn.Module, graph: fx.Graph, limits: Limits) -> bool:
     """Whether ``graph`` is the forward of ``model`` now: not every graph can be written as code."""
     try:
-        TracedModule.adopt(model, graph, limits.leaves)
+        TracedModule.adopt(model, graph, limits.leaves, compiled=limits.compiled)
     except Exception:  # noqa: BLE001 -- FX raises what comes up where it writes, and Python where it reads that
         return False
     return True

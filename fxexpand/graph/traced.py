@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from fxexpand.graph.copying import ATOMS, deep_copy
+from fxexpand.graph.plain import surely_has_code
 from fxexpand.graph.tracer import ReplayTracer
 
 
@@ -31,8 +32,13 @@ class TracedModule(fx.GraphModule):
         traced_class: type[nn.Module]
 
     @staticmethod
-    def adopt(model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+    def adopt(
+        model: nn.Module, graph: fx.Graph, leaves: tuple[type[nn.Module], ...] = (), *, compiled: bool = True
+    ) -> None:
         """Make ``graph`` the forward of ``model``, which stays the same object: hooks and others may refer to it.
+
+        Without ``compiled``, a graph that can surely be written as code is not written yet: until ``recompile``, or
+        ``compile_all`` at the latest, calls run the forward that ``model`` had.
 
         Raises what FX raises where a graph cannot be written as code; then ``model`` is as it was.
         """
@@ -40,11 +46,21 @@ class TracedModule(fx.GraphModule):
         ours = {name: value for name, value in plain.items() if name not in vars(nn.Module())}
         state = {**_state(model), **ours, "traced_leaves": leaves, "_tracer_cls": ReplayTracer, "_graph": graph}
         traced = _blank(type(model))
-        traced._fill(state)
+        if compiled or not surely_has_code(graph):
+            traced._fill(state)
+        else:
+            vars(traced).update(state)
         model.__class__ = type(traced)
         vars(model).clear()
         vars(model).update(vars(traced))
         graph.owning_module = cast(TracedModule, model)
+
+    @staticmethod
+    def compile_all(model: nn.Module) -> None:
+        """Compile the graphs in ``model`` that never were since they were adopted."""
+        for module in model.modules():
+            if isinstance(module, TracedModule) and "forward" not in vars(type(module)):
+                module.recompile()
 
     @staticmethod
     def can_be(model: nn.Module) -> bool:
@@ -171,10 +187,11 @@ def with_own_tensors(model: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
     Works on ``model`` itself, unless there are tensors in plain attributes, for which all of it is copied.
     """
     memo: dict[int, Any] = {id(p): p for module in own for p in module.parameters()}
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    modules = list(model.modules())
+    held = {id(t) for module in modules for table in (module._parameters, module._buffers) for t in table.values()}
     if any(isinstance(value, Tensor) and id(value) not in held for value in _shareable(model)):
         return copy_model(model, share=False)
-    for module in model.modules():
+    for module in modules:
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             table.update({name: _copied(tensor, memo) for name, tensor in table.items() if tensor is not None})

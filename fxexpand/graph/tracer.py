@@ -62,6 +62,8 @@ class ReplayTracer(fx.Tracer):
         return held[0] if held else super().path_of_module(mod)
 
     def create_arg(self, a: Any) -> Any:
+        if type(a) is Value:  # most arguments are, of which FX asks a good many questions first
+            return a.node
         if type(a) is OrderedDict:  # FX would make a plain dict of it
             items = [(key, super(ReplayTracer, self).create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
@@ -167,7 +169,7 @@ class LayerTracer(ReplayTracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if not isinstance(a, fx.Proxy):
+        if type(a) is not Value and not isinstance(a, fx.Proxy):
             if isinstance(a, Tensor) and not self._is_attribute(a):
                 self.refuse("it uses a tensor that is no attribute of a module")
             named = isinstance(a, tuple) and hasattr(a, "_fields")

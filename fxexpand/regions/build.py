@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from fxexpand.algebra.affine import Affine, pads_itself, transposed_weight, without_groups
 from fxexpand.algebra.kernel import Sides, pad_amounts
+from fxexpand.graph.copying import bare_twin
 from fxexpand.graph.rewrite import FunctionStep
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -49,7 +50,7 @@ def layer_of(affine: Affine, flags: Flags, *, copy: bool) -> tuple[FunctionStep 
 
 
 def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
-    """The layer with its settings, and no numbers yet."""
+    """The layer with its settings, and no parameters yet."""
     kernel = affine.kernel
     m, n, has_bias = kernel.in_channels, kernel.out_channels, kernel.bias is not None
     if affine.dims == 0:
@@ -74,9 +75,16 @@ def _blank(affine: Affine, mode: str, sides: Sides) -> nn.Module:
 
 
 def _uninitialized(cls: Any, *arguments: Any, **settings: Any) -> nn.Module:
-    """A layer of ``cls`` on the device "meta", without the random numbers that its constructor would draw."""
-    layer: nn.Module = _without_numbers(cls)(*arguments, device="meta", **settings)
+    """A layer of ``cls`` without parameters yet, as its constructor would make it."""
+    return bare_twin(_pattern(cls, arguments, tuple(settings.items())))
+
+
+@lru_cache(maxsize=256)  # a network has many layers with few settings, and constructors take their time
+def _pattern(cls: Any, arguments: tuple[Any, ...], settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """On the device "meta", without the random numbers that its constructor would draw."""
+    layer: nn.Module = _without_numbers(cls)(*arguments, device="meta", **dict(settings))
     layer.__class__ = cls
+    layer._parameters.update(dict.fromkeys(layer._parameters))
     return layer
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.compose import Blocks
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
@@ -38,12 +39,14 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     edits: list[Edit] = []
     made: list[Made] = []
     # All weights first: what comes after them in a loop would find nothing of its own in the processor's caches.
-    maps = [_map(*same[0]) for same in alike]
+    blocks = Blocks()
+    maps = [_map(*same[0], blocks) for same in alike]
     for same, (exact, affine) in zip(alike, maps, strict=True):
         reading, first = same[0]
-        flags = _flags(reading, first)
+        main = _main(reading, first)
+        flags = _flags(reading, first, main)
         padding, layer = layer_of(affine, flags, copy=exact is not None)
-        path = places.path(reading.gm, [merge.stretch for _, merge in same], _main(reading, first))
+        path = places.path(reading.gm, [merge.stretch for _, merge in same], main)
         for _, merge in same:
             edits.append(_edit(reading, merge, padding, path))
         nodes = [node for _, merge in same for node in (*merge.stretch.nodes, *_constants(reading, merge))]
@@ -54,9 +57,10 @@ def install(model: nn.Module, work: Work) -> list[Made]:
     return made
 
 
-def _map(reading: Reading, merge: Merge) -> tuple[Affine | None, Affine]:
+def _map(reading: Reading, merge: Merge, blocks: Blocks) -> tuple[Affine | None, Affine]:
     """The map of a merge in float64, where it is kept, and the one to make a layer of."""
-    rounded = scaled_layer(reading, merge.stretch, _weight(reading, merge).dtype)
+    dtype = _weight(reading, _main(reading, merge)).dtype
+    rounded = scaled_layer(reading, merge.stretch, dtype, blocks)
     if rounded is not None:
         return None, rounded
     exact = map_of_parts(reading, merge.parts, merge.order)
@@ -138,15 +142,15 @@ def _main(reading: Reading, merge: Merge) -> fx.Node:
     return max(merge.stretch.nodes, key=rank)
 
 
-def _weight(reading: Reading, merge: Merge) -> Tensor:
+def _weight(reading: Reading, main: fx.Node) -> Tensor:
     """The weight that a merged layer takes its dtype and memory format from."""
-    part = reading.part(_main(reading, merge))
+    part = reading.part(main)
     assert isinstance(part, Unary)
     return part.tensors[0]
 
 
-def _flags(reading: Reading, merge: Merge) -> Flags:
-    main, weight = _main(reading, merge), _weight(reading, merge)
+def _flags(reading: Reading, merge: Merge, main: fx.Node) -> Flags:
+    weight = _weight(reading, main)
     module = reading.effects.modules[main] if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
@@ -158,12 +162,14 @@ def _flags(reading: Reading, merge: Merge) -> Flags:
     )
 
 
-def _parameters(reading: Reading, node: fx.Node) -> list[Tensor]:
+def _parameters(reading: Reading, node: fx.Node) -> Iterator[Tensor]:
     """The parameters that a node computes with."""
     if node.op == "call_module":
-        return list(reading.effects.modules[node].parameters())
-    sources = [source for source in node.all_input_nodes if source in reading.constants]
-    return [tensor for source in sources for tensor in reading.constants.parameters(source)]
+        yield from reading.effects.modules[node].parameters()
+        return
+    for source in node.all_input_nodes:
+        if source in reading.constants:
+            yield from reading.constants.parameters(source)
 
 
 def _constants(reading: Reading, merge: Merge) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import spread
 from fxexpand.graph.layers import dtype_refusal, has_hooks, is_layer, peculiarity
-from fxexpand.graph.lift import lift_bare, padding_of
+from fxexpand.graph.lift import lift_padded
 from fxexpand.regions.maps import average, batch_norm_map, padding_map
 from fxexpand.regions.parts import Lifted, Made, Signal, Unary
 
@@ -72,15 +72,14 @@ def lift_as(module: nn.Module, kernel: object, source: fx.Node) -> Unary | Refus
 
 
 def _lift(module: nn.Module, source: fx.Node) -> Unary | Refusal:
-    kernel = lift_bare(module)
-    if isinstance(kernel, Refusal):
-        return kernel
+    lifted = lift_padded(module)
+    if isinstance(lifted, Refusal):
+        return lifted
+    kernel, mode, sides = lifted
     if kernel.weight.numel() == 0:
         return Refusal("it has no channels")
-    mode, sides = padding_of(module) or ("zeros", ())
-    if mode != "zeros":
-        return fixed(source, Affine(kernel.detach(), Border(mode, sides)), computes=True)
-    return fixed(source, Affine(replace(kernel.detach(), padding=sides)), computes=True)
+    border = None if mode == "zeros" else Border(mode, sides)
+    return fixed(source, Affine(kernel.detach(), border), computes=True)
 
 
 def _lift_transposed(module: Any, source: fx.Node) -> Unary | Refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor, fx
@@ -27,11 +27,13 @@ class Signal:
     rank: int | None = None
 
     def known_with(self, other: Signal) -> Signal:
-        """Both at once."""
-        return Signal(_both(self.dims, other.dims), _both(self.channels, other.channels), _both(self.rank, other.rank))
+        """Both at once; ``self`` where the other one says nothing new."""
+        dims, channels, rank = self.dims, self.channels, self.rank
+        both = _both(dims, other.dims), _both(channels, other.channels), _both(rank, other.rank)
+        return self if both == (dims, channels, rank) else Signal(*both)
 
     def of_channels(self, channels: int | None) -> Signal:
-        return self if channels == self.channels else replace(self, channels=channels)
+        return self if channels == self.channels else Signal(self.dims, channels, self.rank)
 
     def agreed(self) -> Signal:
         """What is known without a conflict: where axes disagree, each side counts channels of its own."""

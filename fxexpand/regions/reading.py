@@ -188,7 +188,7 @@ def _signals(reading: Reading) -> dict[fx.Node, Signal]:
     def note(node: fx.Node, signal: Signal) -> None:
         known = found.get(node, _UNKNOWN)
         together = _with_shape(known.known_with(signal), reading.shapes.get(node, ()))
-        if together != known:
+        if together is not known and together != known:
             found[node] = together
             waiting.update(dict.fromkeys((node, *node.users)))
 

@@ -19,6 +19,7 @@ from fxexpand.algebra.affine import (
     scales,
     times,
 )
+from fxexpand.algebra.compose import Blocks
 from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.regions.maps import axis_refusal, shaped
@@ -136,8 +137,11 @@ def map_of_parts(
     return composed(order)
 
 
-def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype) -> Affine | None:
-    """The map of ``stretch`` in ``dtype``, where it is one layer and then batch norm or the like; else None."""
+def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype, blocks: Blocks) -> Affine | None:
+    """The map of ``stretch`` in ``dtype``, where it is one layer and then batch norm or the like; else None.
+
+    Computed in ``blocks``.
+    """
     maps: list[Affine] = []
     for node in stretch.nodes:
         found = reading.map_of(node) if isinstance(reading.part(node), Unary) else Refusal("a join")
@@ -154,7 +158,7 @@ def scaled_layer(reading: Reading, stretch: Stretch, dtype: torch.dtype) -> Affi
         if isinstance(whole, Refusal):
             return None
         scale = whole
-    return scaled_and_rounded(maps[0], scale, dtype)
+    return scaled_and_rounded(maps[0], scale, dtype, blocks)
 
 
 def in_turn(first: Affine | Refusal | None, second: Affine | Refusal | None) -> Affine | Refusal | None:
