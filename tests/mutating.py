@@ -27,9 +27,14 @@ class Mutant:
         module, _, path = self.where.partition(":")
         found: Any = import_module(f"fxexpand.{module}")
         for name in path.split("."):
-            found = vars(found)[name]
+            found = _plain(vars(found)[name])
         assert isinstance(found, FunctionType), f"{self.where} is no plain function"
         return found
+
+
+def _plain(found: Any) -> Any:
+    """The function of a static method."""
+    return found.__func__ if isinstance(found, staticmethod) else found
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def mutated(mutant: Mutant) -> Iterator[None]:
     code = compile(changed, mutant.where, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     exec(code, function.__globals__, names)
     original = function.__code__
-    function.__code__ = names[function.__name__].__code__
+    function.__code__ = _plain(names[function.__name__]).__code__
     try:
         yield
     finally:

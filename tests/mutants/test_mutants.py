@@ -22,6 +22,7 @@ import fxexpand
 from fxexpand import CK, CL, FC
 from fxexpand.algebra import Kernel, add, compose, concatenate, scaled
 from fxexpand.algebra.compose import compose_rounded
+from fxexpand.algebra.composition import Composition
 from fxexpand.algebra.kernel import with_groups
 from fxexpand.algebra.order import compose_in
 from fxexpand.testing import Case, assert_equivalent, check_model, expandable_layers, linear_chains
@@ -30,6 +31,7 @@ from fxexpand.testing.draw.sizes import PADDING_MODES, divisors
 from mutating import Mutant, mutated
 
 COMPOSE, COMBINE, KERNEL, AFFINE = "algebra.compose", "algebra.combine", "algebra.kernel", "algebra.affine"
+PRODUCT = "algebra.product"
 MUTANTS = [
     # Series
     Mutant("drops the first layer's bias", f"{COMPOSE}:_bias", "return through if", "return None if"),
@@ -61,49 +63,74 @@ MUTANTS = [
         "(a[0] + s * b[0], a[1] + s * b[1])",
         "(a[1] + s * b[1], a[0] + s * b[0])",
     ),
-    Mutant("ignores the second layer's dilation", f"{COMPOSE}:_weight", "b * a // s if k > 1", "a // s if k > 1"),
+    Mutant(
+        "ignores the second layer's dilation",
+        f"{PRODUCT}:Spread.of",
+        "b * a // s if k > 1",
+        "a // s if k > 1",
+    ),
     Mutant(
         "ignores the first layer's dilation",
-        f"{COMPOSE}:_weight",
+        f"{PRODUCT}:Spread.of",
         "[a // s if k > 1 else 1",
         "[1 if k > 1 else 1",
     ),
     Mutant(
         "spreads the taps without the stride",
-        f"{COMPOSE}:_weight",
+        f"{PRODUCT}:Spread.of",
         "b * a // s if k > 1",
         "max(b // s, 1) if k > 1",
     ),
-    Mutant("has the first layer's dilation", f"{COMPOSE}:_step", "return gcd(*spacings)", "return spacings[0]"),
+    Mutant("has the first layer's dilation", f"{PRODUCT}:tap_spacing", "gcd(*spacings)", "spacings[0]"),
     Mutant(
         "forgets the stride in the dilation",
-        f"{COMPOSE}:_step",
+        f"{PRODUCT}:tap_spacing",
         "first.stride[axis] * second.dilation[axis]",
         "second.dilation[axis]",
     ),
+    Mutant("flips the kernel", f"{PRODUCT}:Spread.weight", "self._signal(second)", "self._signal(second).flip(-1)"),
     Mutant(
-        "flips the kernel",
-        f"{COMPOSE}:_weight",
-        "first.weight.transpose(0, 1)",
-        "first.weight.transpose(0, 1).flip(-1)",
+        "mixes the groups of a spread kernel",
+        f"{PRODUCT}:Spread._turned",
+        "signal.unflatten(1, (self.groups, -1)).transpose(0, 1)",
+        "signal.unflatten(1, (self.groups, -1)).transpose(0, 1).flip(0)",
     ),
     Mutant(
         "transposes the taps of a pointwise chain",
-        f"{COMPOSE}:_weight",
-        "taps_last.movedim(-1, 1).contiguous()",
-        "taps_last.movedim(-1, 1).flip(-1).contiguous()",
+        f"{PRODUCT}:PointwiseFirst.weight",
+        "return product.reshape(",
+        "return product.flip(-1).reshape(",
     ),
+    Mutant("multiplies outer products by the wrong row", f"{PRODUCT}:_matmul", "return a * b", "return a * b.flip(0)"),
     Mutant(
         "drops the scale of a depthwise layer",
-        f"{COMPOSE}:_scaled_weight",
-        "return first.weight * second.weight",
-        "return first.weight + 0 * second.weight",
+        f"{PRODUCT}:Scaled.weight",
+        "* second.reshape(self.right)",
+        "+ 0 * second.reshape(self.right)",
     ),
     Mutant(
         "scales the wrong axis",
-        f"{COMPOSE}:_scaled_weight",
-        "first.weight.reshape(second.groups, 1, -1, *first.kernel_size)",
-        "first.weight.flip(0).reshape(second.groups, 1, -1, *first.kernel_size)",
+        f"{PRODUCT}:Scaled.weight",
+        "(first.reshape(self.left)",
+        "(first.flip(0).reshape(self.left)",
+    ),
+    Mutant(
+        "has the gradient of another group",
+        f"{PRODUCT}:PointwiseLast.pull",
+        "_matmul(b.mT, g).reshape(first.shape)",
+        "_matmul(b.mT, g).flip(0).reshape(first.shape)",
+    ),
+    Mutant(
+        "forgets the bias in the gradient of a weight",
+        "algebra.composition:_pulled",
+        "_sum(pulled[step.second], after)\n            if beside",
+        "pulled[step.second]\n            if beside",
+    ),
+    Mutant(
+        "drops the gradient of a bias in the middle",
+        "algebra.composition:_pulled",
+        "fallen[beside] = _sum(fallen[beside], gradient)",
+        "fallen[beside] = fallen[beside]",
     ),
     Mutant("pads behind a bias", f"{COMPOSE}:padding_refusal", "if first.bias is not None:", "if False:"),
     Mutant(
@@ -124,7 +151,9 @@ MUTANTS = [
         "first.bias.detach().double() * factors",
         "first.bias.detach().double()",
     ),
-    Mutant("forgets the weight of a scale", f"{COMPOSE}:compose_rounded", "factors[i : i + rows]", "factors[:rows]"),
+    Mutant(
+        "forgets the weight of a scale", f"{COMPOSE}:compose_rounded", ".mul_(factor)", ".mul_(scales[: len(part)])"
+    ),
     Mutant(
         "composes in the wrong order",
         "algebra.order:compose_in",
@@ -212,9 +241,9 @@ MUTANTS = [
     ),
     Mutant(
         "forgets the epsilon of batch norm",
-        "regions.maps:batch_norm_map",
-        "(var.double() + eps)",
-        "var.double()",
+        "regions.maps:normalizing",
+        "(var + eps)",
+        "var",
     ),
     # Factors
     Mutant(
@@ -265,6 +294,24 @@ def in_any_order(pair: Pair) -> None:
         if isinstance(whole, Kernel):
             size = drawing.sizes(*pair)[0]
             drawing.assert_equal(drawing.dense(whole, size), drawing.dense_chain([*pair, last], size))
+
+
+def trained(pair: Pair) -> None:
+    """The derivatives written out are those that autograd finds for composing pair by pair, biases included."""
+    last = Kernel(drawing.random(3, pair[1].out_channels, *(1,) * pair[1].dims), drawing.random(3))
+    chain = [replace(kernel, padding=((0, 0),) * kernel.dims) for kernel in (*pair, last)]
+    how, whole = Composition.of(((0, 1), 2), chain), compose_in(((0, 1), 2), chain)
+    if how is None or not isinstance(whole, Kernel):
+        return
+    leaves = [t.requires_grad_() for k in chain for t in (k.weight, k.bias) if t is not None]
+    found, expected = how([k.weight for k in chain], [k.bias for k in chain]), compose_in(((0, 1), 2), chain)
+    assert isinstance(expected, Kernel)
+    assert found[1] is not None
+    assert expected.bias is not None
+    upstream = drawing.random(*expected.weight.shape), drawing.random(*expected.bias.shape)
+    ours = torch.autograd.grad((found[0], found[1]), leaves, upstream)
+    theirs = torch.autograd.grad((expected.weight, expected.bias), leaves, upstream)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(ours, theirs, strict=True))
 
 
 def rounded(kernel: Kernel) -> None:
@@ -333,6 +380,16 @@ def barely_padded(draw: st.DrawFn) -> Pair:
 
 
 @st.composite
+def grouped(draw: st.DrawFn) -> Pair:
+    """Two kernels of the same groups, of one or two channels each; one of them has one tap."""
+    g = draw(st.integers(2, 3))
+    m, c, n = (draw(st.integers(1, 2)) for _ in range(3))
+    taps = draw(st.permutations((1, draw(st.sampled_from((2, 17))))))
+    first = Kernel(drawing.random(g * c, m, taps[0]), drawing.random(g * c), groups=g)
+    return first, Kernel(drawing.random(g * n, c, taps[1]), drawing.random(g * n), groups=g)
+
+
+@st.composite
 def bordered(draw: st.DrawFn) -> Case:
     """A convolution that pads with what is not zero, that is transposed or that stands behind padding, with another."""
     d, mode = draw(st.integers(1, 2)), draw(st.sampled_from(PADDING_MODES[1:]))
@@ -352,7 +409,11 @@ PROPERTIES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "series on one axis": (drawing.pairs(1), series),
     "series that pad just enough": (barely_padded(), series),
     "series beside a depthwise kernel": (drawing.with_depthwise(), series),
+    "series of groups": (grouped(), series),
+    "derivatives of groups": (grouped(), trained),
     "any order": (drawing.pairs(), in_any_order),
+    "derivatives": (drawing.pairs(), trained),
+    "derivatives beside a depthwise kernel": (drawing.with_depthwise(), trained),
     "scaling and rounding": (drawing.kernels(), rounded),
     "parallel": (drawing.branches(), parallel),
     "parallel, or refused": (mismatched(), parallel),
