@@ -14,7 +14,7 @@ from fxexpand.algebra.order import Order, cheapest_order, compose_in
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
 from fxexpand.graph.expanded import PAD, Expanded
-from fxexpand.graph.fingerprint import Fingerprint, all_match
+from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.lift import lift_bare
 
 
@@ -26,6 +26,7 @@ class Collapsed(Expanded):
     The same children, parameters and ``state_dict`` keys, the same gradients, and no wide activations. It composes in
     the dtype of the parameters, also under autocast, and never keeps the result: weights may change in ways that no
     version counter sees. When a layer is not as it was (it has hooks, or is another one) all run in turn.
+    Hooks for all modules there are see this one, not its layers: counters of operations are such hooks.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
@@ -76,7 +77,7 @@ class Collapsed(Expanded):
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         geometry = self.origin.geometry
         traced = isinstance(cast(object, input), fx.Proxy)
-        if traced or not all_match((expected, self._at(path)) for path, expected in self._expected):
+        if traced or not all(expected.matches(self._at(path)) for path, expected in self._expected):
             found: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return found
         with exact_products(input.device.type):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, tuple, type(None))
@@ -60,13 +58,6 @@ class Fingerprint:
             return all(getattr(module, name, None) == value for name, value in self.settings.items())
         held = vars(module)
         return "forward" not in held and held.items() >= self.settings.items()
-
-
-def all_match(pairs: Iterable[tuple[Fingerprint, nn.Module]]) -> bool:
-    """Whether every module has its fingerprint, and no hook runs for all modules there are."""
-    if not torch.compiler.is_compiling() and _has_any_global_hook():
-        return False
-    return all(fingerprint.matches(module) for fingerprint, module in pairs)
 
 
 def _shapes(tensors: dict[str, Any]) -> tuple[tuple[str, tuple[int, ...] | None], ...]:

@@ -13,7 +13,7 @@ from fxexpand.algebra.composition import Composition, exact_products, is_followe
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.order import Order, compose_in
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.fingerprint import Fingerprint, all_match
+from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import LiveStep, map_of_steps
 
@@ -78,7 +78,7 @@ class LiveRegion(nn.Module):
         tensors = [(shape, tensor) for shape, tensor in pairs if isinstance(shape, tuple)]
         if any(tensor is None or tensor.shape != shape for shape, tensor in tensors):
             return False
-        return all_match((expected, module) for expected, module in pairs if isinstance(expected, Fingerprint))
+        return all(expected.matches(module) for expected, module in pairs if isinstance(expected, Fingerprint))
 
     def _composed(self, held: Sequence[Any]) -> Kernel | Refusal:
         maps: list[Affine] = []
