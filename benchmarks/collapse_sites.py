@@ -3,7 +3,7 @@
 Forward and backward of single expanded layers, layer by layer and collapsed, from large maps with few channels, where
 composing is nothing, to small maps with many, where it is everything. The model is fitted to these times (non-negative
 least squares of relative errors); the table shows which form each one says is faster, with the model that the library
-has. Expected: right wherever one form takes more than 1.3 times as long as the other.
+has. Expected: right wherever one form takes more than 1.3 times as long as the other (of 47, wrong at 1.04 to 1.20).
 
 Run as ``python -m benchmarks.collapse_sites [--rounds N] [--json FILE]``, on one core for the figures in the library:
 ``OMP_NUM_THREADS=1``.
