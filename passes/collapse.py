@@ -55,8 +55,7 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     """
     check_model(model, "collapse")
     check_lifts(lifts, "collapse")
-    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
-    release_all(work)  # all are to choose again
+    work = opened(model, lifts)
     expansions, regions = plan_training(work, shapes_of(work, example_inputs, "collapse"), lifts)
     planned = [entry.plan for entry in expansions if isinstance(entry.plan, _Plan)]
     reasons = [f"{entry.path}: {entry.plan}" for entry in expansions if isinstance(entry.plan, Refusal)]
@@ -85,6 +84,13 @@ def uncollapse(model: nn.Module) -> nn.Module:
     """
     check_model(model, "uncollapse")
     work = copy_model(model, share=True)
+    release_all(work)
+    return work
+
+
+def opened(model: nn.Module, lifts: Lifts | None) -> nn.Module:
+    """``model``, over the same parameters, with graphs, and with what has collapsed as explicit layers again."""
+    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
     release_all(work)
     return work
 
@@ -154,7 +160,7 @@ def plan_training(
     expansions = [
         _plan(path, work, module, shapes)
         for path, module in work.named_modules()
-        if isinstance(module, Expanded) and not isinstance(module, Collapsed) and id(module) not in inner
+        if isinstance(module, Expanded) and id(module) not in inner
     ]
     return expansions, list(plan_regions(work, shapes, lifts or {}))
 

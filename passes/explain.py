@@ -9,10 +9,8 @@ from torch import fx, nn
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import is_layer
-from fxexpand.graph.trace import Limits, open_up
-from fxexpand.graph.traced import copy_model
 from fxexpand.graph.uses import running
-from fxexpand.passes.collapse import plan_training, release_all
+from fxexpand.passes.collapse import opened, plan_training
 from fxexpand.passes.fuse import plan_all, prepared
 from fxexpand.regions.explanation import Explanation, Merged, Refused, Trained
 from fxexpand.regions.install import MERGED, label, paths_of
@@ -50,8 +48,7 @@ def _trained(model: nn.Module, example_inputs: tuple[object, ...], lifts: Lifts 
     """What ``collapse`` does; for a model in eval mode without expansions that is nobody's question."""
     if not model.training and not any(isinstance(module, Expanded) for module in model.modules()):
         return
-    work = open_up(copy_model(model, share=True), Limits(tuple(lifts or ())))
-    release_all(work)
+    work = opened(model, lifts)
     expansions, regions = plan_training(work, shapes_of(work, example_inputs, "explain"), lifts)
     for entry in expansions:
         reason = str(entry.plan) if isinstance(entry.plan, Refusal) else ""

@@ -51,6 +51,10 @@ class Affine:
     def dims(self) -> int:
         return self.kernel.dims
 
+    def over(self, weight: Tensor, bias: Tensor | None) -> Affine:
+        """The map with the same settings and other numbers of the same shapes."""
+        return Affine(self.kernel.over(weight, bias), self.border, self.transposed)
+
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Affine:
         """The same map with its tensors in ``dtype``, on ``device``."""
         return Affine(self.kernel.to(dtype=dtype, device=device), self.border, self.transposed)
@@ -82,7 +86,8 @@ class Affine:
         if self.transposed is None:
             return self.kernel.apply(x)
         t, convolve = self.transposed, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
-        weight, groups = transposed_weight(self.kernel), self.kernel.groups
+        groups = self.kernel.groups
+        weight = swapped(self.kernel.weight, groups)
         y: Tensor = convolve(x, weight, self.kernel.bias, t.stride, t.padding, t.output_padding, groups, t.dilation)
         return y
 
@@ -92,10 +97,10 @@ class Affine:
         return tuple(length + sum(sides) for length, sides in zip(size, self.border.sides, strict=True))
 
 
-def transposed_weight(kernel: Kernel) -> Tensor:
-    """What a transposed convolution takes for its weight: (n, m / g, *k) -> (m, n / g, *k)."""
-    swapped: Tensor = kernel.weight.unflatten(0, (kernel.groups, -1)).transpose(1, 2).flatten(0, 1)
-    return swapped
+def swapped(weight: Tensor, groups: int) -> Tensor:
+    """(n, m / g, *k) -> (m, n / g, *k), and back: a kernel's weight, and what a transposed convolution has for it."""
+    turned: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return turned
 
 
 def identity(dims: int, channels: int, dtype: torch.dtype = torch.float64) -> Affine:

@@ -8,7 +8,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from fxexpand.algebra.kernel import Kernel, grouped, with_groups
+from fxexpand.algebra.bias import bias_after
+from fxexpand.algebra.kernel import Kernel, with_groups
 from fxexpand.algebra.product import product_of, tap_spacing
 from fxexpand.algebra.refusal import Refusal
 
@@ -164,11 +165,6 @@ def _weight(first: Kernel, second: Kernel, groups: int) -> Tensor:
 
 
 def _bias(first: Kernel, second: Kernel) -> Tensor | None:
-    """b₂ + (Σ_u W₂) · b₁."""
     if first.bias is None:
         return second.bias
-    taps = tuple(range(2, second.weight.dim()))
-    total = second.weight.sum(taps) if taps else second.weight  # (n, c/G)
-    # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
-    through = (grouped(total, second.groups) @ first.bias.reshape(second.groups, -1, 1)).reshape(-1)
-    return through if second.bias is None else through + second.bias
+    return bias_after(first.bias, second.weight, second.bias, second.groups)

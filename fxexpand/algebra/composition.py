@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxexpand.algebra.bias import bias_after, pull_bias
 from fxexpand.algebra.compose import compose
-from fxexpand.algebra.kernel import Kernel, grouped
-from fxexpand.algebra.order import Order
+from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.order import Order, compose_in
 from fxexpand.algebra.product import Product, product_of
 from fxexpand.algebra.refusal import Refusal
 
@@ -98,28 +99,6 @@ class _Step:
     product: Product
     groups: int  # of the second
 
-    def bias(self, first: Tensor, weight: Tensor, second: Tensor | None) -> Tensor:
-        """b₂ + (Σ_u W₂) · b₁."""
-        total = self._total(weight)
-        if self.groups == 1:
-            return total @ first if second is None else torch.addmv(second, total, first)
-        # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
-        through = (grouped(total, self.groups) @ first.reshape(self.groups, -1, 1)).reshape(-1)
-        return through if second is None else through + second
-
-    def pull_bias(self, first: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients with respect to b₁ and W₂."""
-        g = gradient.reshape(self.groups, -1, 1)
-        before = (grouped(self._total(weight), self.groups).mT @ g).reshape(-1)
-        spread = (g @ first.reshape(self.groups, 1, -1)).reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
-        return before, spread.expand(weight.shape)
-
-    @staticmethod
-    def _total(weight: Tensor) -> Tensor:
-        """(n, c/G): the sum over all taps."""
-        taps = weight.shape[2:].numel()
-        return weight.flatten(1) if taps == 1 else weight.flatten(2).sum(2)
-
 
 class _Composed(torch.autograd.Function):
     """The composition of a chain; its intermediate results are results too, so that second derivatives see them."""
@@ -133,7 +112,9 @@ class _Composed(torch.autograd.Function):
             slot, second = len(weights), weights[step.second]
             weights.append(step.product.weight(weights[step.first], second))
             if how.sources[slot] == slot:
-                biases[slot] = step.bias(biases[how.sources[step.first]], second, biases.get(how.sources[step.second]))
+                biases[slot] = bias_after(
+                    biases[how.sources[step.first]], second, biases.get(how.sources[step.second]), step.groups
+                )
         return how.results(weights, biases)
 
     @staticmethod
@@ -170,7 +151,7 @@ def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Ten
         gradient = fallen.get(slot)
         if gradient is not None:
             source, beside = how.sources[step.first], how.sources[step.second]
-            before, after = step.pull_bias(biases[source], second, gradient)
+            before, after = pull_bias(biases[source], second, gradient, step.groups)
             fallen[source], pulled[step.second] = _sum(fallen[source], before), _sum(pulled[step.second], after)
             if beside is not None:
                 fallen[beside] = _sum(fallen[beside], gradient)
@@ -188,13 +169,22 @@ def _pushed(how: Composition, tensors: Sequence[Tensor], tangents: Sequence[Tens
         moved.append(_sum(by_first, None if d_second is None else step.product.weight(first, d_second)))
         if how.sources[slot] == slot:
             source, d_beside = how.sources[step.first], risen.get(how.sources[step.second])
-            by_weight = None if d_second is None else step.bias(biases[source], d_second, d_beside)
+            by_weight = None if d_second is None else bias_after(biases[source], d_second, d_beside, step.groups)
             rest = d_beside if by_weight is None else None
-            by_bias = rest if risen[source] is None else step.bias(risen[source], second, rest)
+            by_bias = rest if risen[source] is None else bias_after(risen[source], second, rest, step.groups)
             risen[slot] = _sum(by_weight, by_bias)
     found = how.results(moved, risen)
     made = how.results(weights, biases)
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(made, found, strict=True))
+
+
+def composed(order: Order, how: Composition | None, chain: Sequence[Kernel]) -> tuple[Tensor, Tensor | None] | Refusal:
+    """(weight, bias) of ``chain`` in ``order``: by ``how``, planned for it, where that fits and no compiler follows."""
+    biases = [kernel.bias for kernel in chain]
+    if how is not None and how.fits(biases) and not is_followed():
+        return how([kernel.weight for kernel in chain], biases)
+    whole = compose_in(order, chain)
+    return whole if isinstance(whole, Refusal) else (whole.weight, whole.bias)
 
 
 def is_followed() -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxexpand.algebra.affine import Affine, pads_itself, transposed_weight, without_groups
+from fxexpand.algebra.affine import Affine, pads_itself, swapped, without_groups
 from fxexpand.algebra.kernel import Sides, pad_amounts
 from fxexpand.graph.copying import bare_twin
 from fxexpand.graph.rewrite import FunctionStep
@@ -35,7 +35,7 @@ def layer_of(affine: Affine, flags: Flags, *, copy: bool) -> tuple[FunctionStep 
     Without ``copy`` it takes the tensors of ``affine`` for its own where they fit.
     """
     kernel = without_groups(affine).kernel
-    weight = kernel.weight if affine.transposed is None else transposed_weight(kernel)
+    weight = kernel.weight if affine.transposed is None else swapped(kernel.weight, kernel.groups)
     mode, sides = ("zeros", kernel.padding) if affine.border is None else (affine.border.mode, affine.border.sides)
     own = pads_itself(affine)
     layer = _blank(affine, mode, sides if own else ((0, 0),) * affine.dims)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from fxexpand.algebra.affine import Affine, Border, Transposed
+from fxexpand.algebra.affine import Affine, Border, Transposed, swapped
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import spread
@@ -95,8 +95,8 @@ def _lift_transposed(module: Any, source: fx.Node) -> Unary | Refusal:
 
 def transposed_map(weight: Tensor, bias: Tensor | None, settings: Transposed, groups: int) -> Affine:
     """The map of a transposed convolution with ``weight`` (m, n / groups, *k)."""
-    swapped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (n, m / groups, *k)
-    return Affine(Kernel(swapped, None if bias is None else bias.detach(), groups=groups), None, settings)
+    kernel = Kernel(swapped(weight, groups), None if bias is None else bias.detach(), groups=groups)
+    return Affine(kernel, None, settings)
 
 
 def fixed(source: fx.Node, affine: Affine, *, computes: bool) -> Unary:

@@ -6,14 +6,14 @@ What they compute with is handed in as ``held``: modules and tensors by position
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_series, in_sum, times
+from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_series, in_sum, swapped, times
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS
@@ -47,9 +47,9 @@ class Layer:
     def map(self, held: Held) -> Affine:
         module = held[self.module]
         weight: Tensor = module.weight
-        if self.like.transposed is not None:  # (m, n/g, *k) -> (n, m/g, *k)
-            weight = weight.unflatten(0, (self.like.kernel.groups, -1)).transpose(1, 2).flatten(0, 1)
-        return replace(self.like, kernel=replace(self.like.kernel, weight=weight, bias=module.bias))
+        if self.like.transposed is not None:
+            weight = swapped(weight, self.like.kernel.groups)
+        return self.like.over(weight, module.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +64,7 @@ class Called:
     def map(self, held: Held) -> Affine:
         weight: Tensor = held[self.weight]
         bias = None if self.bias is None else held[self.bias]
-        return replace(
-            self.like, kernel=replace(self.like.kernel, weight=weight.t() if self.turned else weight, bias=bias)
-        )
+        return self.like.over(weight.t() if self.turned else weight, bias)
 
 
 @dataclass(frozen=True, eq=False)

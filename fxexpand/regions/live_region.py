@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.composition import Composition, exact_products, is_followed
-from fxexpand.algebra.kernel import Kernel
-from fxexpand.algebra.order import Order, compose_in
+from fxexpand.algebra.composition import Composition, composed, exact_products
+from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
@@ -62,10 +61,10 @@ class LiveRegion(nn.Module):
         if not self._is_as_planned(input, held):
             return self._in_turn(input, held)
         with exact_products(input.device.type):
-            kernel = self._composed(held)
-        if isinstance(kernel, Refusal):
+            numbers = self._composed(held)
+        if isinstance(numbers, Refusal):
             return self._in_turn(input, held)
-        return replace(self._recipe.like, kernel=kernel).apply(input)
+        return self._recipe.like.over(*numbers).apply(input)
 
     def _in_turn(self, x: Tensor, held: Sequence[Any]) -> Tensor:
         found: Tensor = self._record.run(x, held)
@@ -80,7 +79,8 @@ class LiveRegion(nn.Module):
             return False
         return all(expected.matches(module) for expected, module in pairs if isinstance(expected, Fingerprint))
 
-    def _composed(self, held: Sequence[Any]) -> Kernel | Refusal:
+    def _composed(self, held: Sequence[Any]) -> tuple[Tensor, Tensor | None] | Refusal:
+        """(weight, bias) of the one layer."""
         maps: list[Affine] = []
         for steps in self._recipe.parts:
             found = map_of_steps(steps, held)
@@ -90,13 +90,4 @@ class LiveRegion(nn.Module):
         kernels = [found.kernel for found in maps]
         if len({kernel.weight.dtype for kernel in kernels}) > 1:
             return Refusal("its layers have several dtypes")
-        weights, biases = [kernel.weight for kernel in kernels], [kernel.bias for kernel in kernels]
-        how = self._recipe.composition
-        if how is not None and how.fits(biases) and not is_followed():
-            weight, bias = how(weights, biases)
-        else:
-            whole = compose_in(self._recipe.order, kernels)
-            if isinstance(whole, Refusal):
-                return whole
-            weight, bias = whole.weight, whole.bias
-        return replace(self._recipe.like.kernel, weight=weight, bias=bias)
+        return composed(self._recipe.order, self._recipe.composition, kernels)

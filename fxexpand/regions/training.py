@@ -95,7 +95,7 @@ def plan_regions(work: nn.Module, shapes: Shapes, lifts: Lifts) -> Iterator[Live
             refusal = _left_alone(reading, node, part, apart) if isinstance(part, Unary) else None
             if refusal is not None:
                 reading.parts[node] = refusal
-                if refusal.reason == CODE.reason:
+                if refusal is CODE:
                     yield LeftAlone(gm, (node,), refusal)
         order = reading.effects.order
         merges = Planner(reading, always=False).plan().merges
@@ -109,7 +109,7 @@ def _left_alone(reading: Reading, node: fx.Node, part: Unary, apart: set[int]) -
         return Refusal("it belongs to an expansion, which collapses by itself")
     record = Record.of(_with_constants(reading, (node,)), part.source)
     found = live_map(reading, node, record, None)
-    return found if isinstance(found, Refusal) and found.reason == CODE.reason else None
+    return CODE if found is CODE else None
 
 
 def _plan(reading: Reading, merge: Merge) -> LivePlan | Refusal:

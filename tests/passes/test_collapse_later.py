@@ -281,22 +281,6 @@ def test_dropout_that_drops_nothing_is_no_switch() -> None:
     assert region._is_as_planned(torch.randn(2, 6), [fast.get_submodule(name) for name in "012"])
 
 
-def test_explain_says_what_collapse_cannot_follow() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 1)
-            self.gain = nn.Parameter(torch.ones(4, 1, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            scaled: Tensor = self.conv(x) * self.gain
-            return scaled
-
-    (entry,) = explain(Scaled()).trained
-    assert entry.nodes == ("mul",)
-    assert "what code makes of them" in entry.reason
-
-
 def test_a_bias_that_is_broadcast_and_layers_without_channels_are_left_alone() -> None:
     class Broadcast(nn.Module):
         def __init__(self) -> None:

@@ -329,7 +329,7 @@ def test_what_costs_more_as_one_layer_stays_without_inputs_too() -> None:
         collapse(nn.Sequential(depthwise, nn.Conv2d(8, 8, 1), nn.ReLU()))
 
 
-def test_what_code_makes_of_parameters_stays() -> None:
+def test_what_code_makes_of_parameters_stays_and_explain_says_so() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -342,6 +342,9 @@ def test_what_code_makes_of_parameters_stays() -> None:
 
     with pytest.raises(ExpansionError):
         collapse(Scaled())
+    (entry,) = explain(Scaled()).trained
+    assert entry.nodes == ("mul",)
+    assert "what code makes of them" in entry.reason
 
 
 def test_lifts_teach_it_a_module() -> None:
