@@ -95,7 +95,7 @@ def _plan(site: Site, strategy: Strategy, init: Init) -> _Plan:
         raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(site)}.")
     _check_layers(site, strategy, layers)
     pad = {} if seen is site else {PAD: pad_module(site.padding_mode, site.padding)}
-    expanded = Expanded({**pad, **layers}, _origin(site))
+    expanded = Expanded({**pad, **layers}, _origin(site), strategy)
     _check_geometry(site, strategy, expanded)
     if callable(init):
         init(site, dict(layers))
@@ -143,7 +143,7 @@ def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
     if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
         raise ExpansionError(f"{site}: {strategy}.layers() must give a mapping of names to modules, found {layers!r}.")
     given = cast("Mapping[str, nn.Module]", layers)
-    taken = [name for name in given if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin")]
+    taken = [name for name in given if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin", "strategy")]
     if taken:
         raise ExpansionError(
             f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."

@@ -68,15 +68,18 @@ class Expanded(nn.Sequential):
 
     Calling it applies them in turn. It also answers for the layer that it replaces: ``weight`` and ``bias`` are
     composed from the layers, differentiably, and hyperparameters (``in_channels``, …) are the old layer's. So code
-    that reads a layer's weight instead of calling it keeps its function.
+    that reads a layer's weight instead of calling it keeps its function. ``strategy`` is what said which layers these
+    are.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         origin: LayerOrigin | CallOrigin
+        strategy: object
 
-    def __init__(self, layers: Mapping[str, nn.Module], origin: LayerOrigin | CallOrigin) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], origin: LayerOrigin | CallOrigin, strategy: object) -> None:
         super().__init__(OrderedDict(layers))
         self.origin = origin
+        self.strategy = strategy
         for layer in layers.values():
             setattr(layer, _MARK, True)
 
