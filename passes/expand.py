@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -208,21 +209,33 @@ def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> None:
             f"{site}: {strategy} cannot keep the function: {refusal}. Use that, or init='standard', "
             f"or exclude it with {_exclusion(site)}."
         )
-    _check_product(site, strategy, expanded.as_kernel(torch.float64))
+    _check_product(site, strategy, expanded)
 
 
-def _check_product(site: Site, strategy: Strategy, product: Kernel | Refusal) -> None:
+def _check_product(site: Site, strategy: Strategy, expanded: Expanded) -> None:
     """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer."""
-    weight = cast(Tensor, site.weight)
+    product, weight = expanded.as_kernel(torch.float64), cast(Tensor, site.weight)
     target = Kernel(weight, site.bias, groups=site.groups).detach().to(dtype=torch.float64)
     error = float("inf") if isinstance(product, Refusal) else _relative(product.detach(), target)
     # A thousand units in the last place, for strategies that are less careful than they could be.
+    inexact = [module.strategy for module in expanded.modules() if isinstance(module, Expanded) and not _exact(module)]
+    if inexact and error < float("inf"):
+        warnings.warn(
+            f"expand: {site} as {inexact[0]} differs from the layer by {error:.1e} (relative)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
     most = min(_MOST, 1024 * torch.finfo(weight.dtype).eps)
     if not error <= most:
         raise ExpansionError(
             f"{site}: the factors of {strategy} differ from the layer by {error:.1e} (relative), expected at most "
             f"{most:.0e}. Mend its factorize(), expand in a wider dtype, or use init='standard'."
         )
+
+
+def _exact(expanded: Expanded) -> bool:
+    return cast(Strategy, expanded.strategy).exact
 
 
 def _flat(kernel: Kernel) -> Tensor:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxexpand.algebra.affine import Affine, Border, identity, in_series, in_sum
 from fxexpand.algebra.channelwise import averaging, normalizing
@@ -22,7 +22,7 @@ from fxexpand.algebra.step_cost import StepCost, applied_step, composed_step
 from fxexpand.graph.geometry import DIMS, spread
 from fxexpand.graph.layers import has_hooks, peculiarity
 from fxexpand.graph.lift import lift_padded, padding_of
-from fxexpand.graph.structure import Scale, Series, Sum
+from fxexpand.graph.structure import Series, Sum
 
 Path: TypeAlias = tuple[str, ...]
 Cast: TypeAlias = Callable[[Any], Any]
@@ -43,19 +43,21 @@ class Leaf:
     fill: float | None = None
     bare: bool = False
 
-    def kernel(self, root: nn.Module, cast: Cast) -> Kernel:
-        """The map of the module as it is now; padding of another mode than zeros is left out."""
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel:
+        """The map of the module as it is now; padding of another mode than zeros is left out.
+
+        ``cast`` is what becomes of its tensors first. ``beside`` tells dtype and device where it has none; a parameter
+        of ``root`` by default.
+        """
         module = at(root, self.path)
         like = self.like.kernel
         if self.fill is not None:
-            beside = cast(next(root.parameters()))
+            beside = cast(next(root.parameters())) if beside is None else beside
             return like.over(torch.full(like.weight.shape, self.fill, dtype=beside.dtype, device=beside.device), None)
         if isinstance(module, _NORMS):
             mean, var, weight, bias = map(cast, (module.running_mean, module.running_var, module.weight, module.bias))
             scale, shift = normalizing(mean, var, weight, bias, module.eps)
             return like.over(scale.reshape(like.weight.shape), shift)
-        if isinstance(module, Scale):
-            return like.over(cast(module.weight).reshape(like.weight.shape), None)
         return like.over(cast(module.weight), cast(module.bias))
 
     def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
@@ -73,10 +75,10 @@ class Chain:
     order: Order
     how: Composition | None
 
-    def kernel(self, root: nn.Module, cast: Cast) -> Kernel | Refusal:
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
         kernels: list[Kernel] = []
         for part in self.composed:
-            found = part.kernel(root, cast)
+            found = part.kernel(root, cast, beside)
             if isinstance(found, Refusal):
                 return found
             kernels.append(found)
@@ -99,8 +101,8 @@ class Total:
     like: Affine
     parts: tuple[Assembly, ...]
 
-    def kernel(self, root: nn.Module, cast: Cast) -> Kernel | Refusal:
-        return reduce(_added, (part.kernel(root, cast) for part in self.parts))
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
+        return reduce(_added, (part.kernel(root, cast, beside) for part in self.parts))
 
     def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
         branches, weight = len(self.parts), self.like.kernel.weight.numel()
@@ -194,8 +196,6 @@ def _leaf(module: nn.Module, path: Path, channels: int, dims: int) -> Leaf | Ref
         return Leaf(path, Affine(own, None if mode == "zeros" else Border(mode, sides)), 1.0, bare=True)
     if type(module) is nn.Identity:
         return Leaf(path, Affine(neutral), 1.0, bare=True)
-    if isinstance(module, Scale):
-        return Leaf(path, Affine(neutral))
     if type(module) in _NORMS:
         return _norm(cast(nn.BatchNorm2d, module), path, neutral)
     if type(module) in _POOLS:

@@ -11,9 +11,10 @@ from fxexpand.algebra.kernel import Ints, Sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import Geometry, spread
 from fxexpand.graph.lift import pad_module
-from fxexpand.graph.structure import Scale, Series
+from fxexpand.graph.structure import Series
 
 _NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _LAYER = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -154,11 +155,7 @@ class Site:
 
         Where that takes other padding than a layer has (more on one side, or less than none), padding goes before it.
         """
-        size = spread(kernel_size, self.dims)
-        sides = tuple(
-            (before - step * ((k - own) // 2), after - step * (k - own - (k - own) // 2))
-            for (before, after), step, k, own in zip(self.padding, self.dilation, self.kernel_size, size, strict=True)
-        )
+        size, sides = spread(kernel_size, self.dims), self.beside(kernel_size)
         plain = all(before == after >= 0 for before, after in sides)
         layer = self.layer(
             self.in_channels,
@@ -171,15 +168,33 @@ class Site:
         )
         return layer if plain else Series({"pad": pad_module("zeros", sides), "conv": layer})
 
+    def beside(self, kernel_size: int | Ints) -> Sides:
+        """The padding of a kernel of ``kernel_size`` that stands in the middle of this site's; less than 0 crops."""
+        size = spread(kernel_size, self.dims)
+        return tuple(
+            (before - step * ((k - own) // 2), after - step * (k - own - (k - own) // 2))
+            for (before, after), step, k, own in zip(self.padding, self.dilation, self.kernel_size, size, strict=True)
+        )
+
+    def average(self) -> nn.Module:
+        """An average pool with this site's kernel size and stride, without padding."""
+        build: Any = _POOL[self.dims]
+        pool: nn.Module = build(self.kernel_size, stride=self.stride)
+        return pool
+
     def norm(self, channels: int | None = None) -> nn.Module:
         """Batch norm for ``channels``, the site's output channels by default."""
         build: Any = _NORM[self.dims]
         norm: nn.Module = build(self.out_channels if channels is None else channels, **self._like_weight)
         return norm
 
-    def scale(self, channels: int | None = None) -> nn.Module:
-        """A learnt number for each of ``channels``, the site's output channels by default; all 1 at first."""
-        return Scale(self.out_channels if channels is None else channels, self.dims, **self._like_weight)
+    def scale(self, value: float = 1.0) -> nn.Module:
+        """A learnt number for each output channel, ``value`` at first: a depthwise, pointwise convolution."""
+        n = self.out_channels
+        layer: Any = self.layer(n, n, groups=n, bias=False)
+        nn.init.constant_(layer.weight, value)
+        scale: nn.Module = layer
+        return scale
 
     @property
     def _like_weight(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 
@@ -29,24 +28,6 @@ class Sum(nn.ModuleDict):
         for branch in others:
             total = total + branch(input)
         return total
-
-
-class Scale(nn.Module):
-    """y = weight · x with a number a channel, learnt: (n,), on signals with ``dims`` spatial axes."""
-
-    def __init__(
-        self, channels: int, dims: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> None:
-        super().__init__()
-        self.dims = dims
-        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
-        """(batch, n, *size) -> the same, or (*, n) where there are no spatial axes."""
-        return input * self.weight.reshape(-1, *(1,) * self.dims)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, dims={self.dims}"
 
 
 def leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -65,16 +65,16 @@ def _kernels(parts: Sequence[nn.Module], target: Kernel, *, side_by_side: bool) 
     found: list[Kernel] = []
     for part in parts:
         channels = found[-1].out_channels if found and not side_by_side else target.in_channels
-        kernel = _kernel(part, channels, target.dims)
+        kernel = _kernel(part, channels, target)
         if isinstance(kernel, Refusal):
             return kernel
         found.append(kernel if side_by_side else replace(kernel, padding=()))
     return found
 
 
-def _kernel(part: nn.Module, channels: int, dims: int) -> Kernel | Refusal:
-    assembly = assembly_of(part, channels, dims)
-    return assembly if isinstance(assembly, Refusal) else assembly.kernel(part, _exact)
+def _kernel(part: nn.Module, channels: int, beside: Kernel) -> Kernel | Refusal:
+    assembly = assembly_of(part, channels, beside.dims)
+    return assembly if isinstance(assembly, Refusal) else assembly.kernel(part, _exact, beside.weight)
 
 
 def _assign(part: nn.Module, kernel: Kernel) -> Refusal | None:
@@ -104,7 +104,7 @@ def _assign_series(series: Series, kernel: Kernel) -> Refusal | None:
     layer, *after = parts
     scale, shift = kernel.weight.new_ones(kernel.out_channels), kernel.weight.new_zeros(kernel.out_channels)
     for part in after:
-        own = _kernel(part, kernel.out_channels, kernel.dims)
+        own = _kernel(part, kernel.out_channels, kernel)
         if isinstance(own, Refusal) or not (own.depthwise and own.pointwise and set(own.stride) <= {1}):
             return Refusal(f"the {type(part).__name__} after its first layer is no number for each channel")
         factor = own.weight.flatten()

@@ -31,6 +31,14 @@ class Strategy(ABC):
     dims: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     """The kinds of layer it is about, by spatial axes: 0 for linear layers, 1 to 3 for convolutions."""
 
+    exact: ClassVar[bool] = True
+    """Whether ``factorize`` gives the function that the layer has. One that comes near it only reports how near."""
+
+    source: ClassVar[str] = ""
+    structure: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    """Where it comes from, what a layer becomes, and how many weights that has without bias and groups, for people."""
+
     @abstractmethod
     def layers(self, site: Site) -> Mapping[str, nn.Module] | Sum | Refusal:
         """The new layers, under the names they take below the site's path: a mapping, in the order in which they are
@@ -49,6 +57,11 @@ class Strategy(ABC):
         says which rate is enough. Unless a strategy says otherwise, the first branch takes what the others leave.
         """
         return remainder(target, fresh)
+
+    @property
+    def collapses(self) -> bool:
+        """Whether the layers are one layer while they train, so that ``collapse`` can run them as one."""
+        return True
 
     @property
     def stages(self) -> tuple[Strategy, ...]:
