@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
+from fxexpand.graph.assembly import TRAINING
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
@@ -78,6 +79,8 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
         raise ContractionError(f"{path}: it has forward or backward hooks, which would be lost. Remove them first.")
     kernel = expanded.as_kernel(torch.float64)
     if isinstance(kernel, Refusal):
+        if kernel.reason == TRAINING:
+            raise ContractionError(f"{path}.{kernel}.")
         raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
     edits: list[Edit] = []
     for gm in work.modules():
