@@ -10,15 +10,22 @@ from fxexpand.passes.fuse import fuse
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule, layer
-from fxexpand.strategies import CK, CL, FC
+from fxexpand.strategies import CK, CL, FC, ACNet, DiverseBranch, LowRank, MobileOne, Orepa, Overparam, RepVGG
 
 __all__ = [
     "CK",
     "CL",
     "FC",
+    "ACNet",
     "ContractionError",
+    "DiverseBranch",
     "ExpansionError",
     "FxExpandError",
+    "LowRank",
+    "MobileOne",
+    "Orepa",
+    "Overparam",
+    "RepVGG",
     "Rule",
     "RuleError",
     "VerificationError",

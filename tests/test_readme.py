@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fxexpand
+from fxexpand.strategies import Strategy
 from fxexpand.testing import PropertyError
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,6 +33,25 @@ def test_its_code_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "wide <- wide.0 + wide.1 + point.0 + point.1 + add + skip + add_1" in printed
     else:
         assert isinstance(names["rules"], list)
+
+
+def test_the_table_of_strategies_is_what_they_say_of_themselves() -> None:
+    classes = [cls for cls in vars(fxexpand.strategies).values() if inspect.isclass(cls) and issubclass(cls, Strategy)]
+    rows = [_row(cls) for cls in classes if cls.__name__ not in ("Strategy", "Then")]
+    shown = [
+        line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `") and "al. 20" in line
+    ]
+    assert sorted(shown) == sorted(rows)
+
+
+def _row(cls: type[Strategy]) -> str:
+    given = inspect.signature(cls).parameters.values()
+    options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in given)
+    reaches = re.search(r"Reaches: (.*?)\.\n", str(cls.__doc__), re.DOTALL)
+    assert reaches is not None
+    collapses = "without batch norm" if hasattr(cls, "batch_norm") else "yes"
+    cells = [f"`{cls.__name__}({options})`", cls.source, cls.structure, cls.formula, " ".join(reaches[1].split())]
+    return f"| {' | '.join(cells)} | {collapses} |"
 
 
 def _finds_what_it_says(test: Any) -> None:
