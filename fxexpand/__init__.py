@@ -1,6 +1,7 @@
 """Linear over-parameterisation of any PyTorch model, as torch.fx graph-rewriting passes."""
 
 from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
+from fxexpand.filters import layer
 from fxexpand.graph.trace import trace
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
@@ -9,7 +10,7 @@ from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
-from fxexpand.rules import Rule, layer
+from fxexpand.rules import Rule
 from fxexpand.strategies import CK, CL, FC
 
 __all__ = [
