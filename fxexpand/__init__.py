@@ -3,6 +3,7 @@
 from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
 from fxexpand.filters import layer
 from fxexpand.graph.trace import trace
+from fxexpand.notation import parse_rules
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "fuse",
     "layer",
+    "parse_rules",
     "summary",
     "trace",
     "uncollapse",
