@@ -9,6 +9,7 @@ from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
 from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
+from fxexpand.passes.manifest import manifest
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "fuse",
     "layer",
+    "manifest",
     "parse_rules",
     "summary",
     "trace",

@@ -50,7 +50,9 @@ def as_rules(rules: object) -> list[Rule]:
     found = []
     for rule in given:
         if not isinstance(rule, (Rule, Strategy)):
-            raise RuleError(f"rules: expected a Rule or a strategy, such as CL(rate=4), found {rule!r}.{_meant(rule)}")
+            raise RuleError(
+                f"rules: expected a Rule or a strategy, such as CL(rate=4), found {rule!r:.60}.{_meant(rule)}"
+            )
         found.append(rule if isinstance(rule, Rule) else Rule(rule))
     return found
 
@@ -58,7 +60,9 @@ def as_rules(rules: object) -> list[Rule]:
 def _meant(rule: object) -> str:
     """What is close to ``rule``, which is no rule."""
     if isinstance(rule, str):
-        return f" Use parse_rules({rule!r})."
+        if rule.lstrip().startswith("{"):
+            return " Use json.loads(...) for a manifest."
+        return f" Use parse_rules({repr(rule) if len(rule) < 60 else '...'})."
     return f" Use {rule.__name__}(rate=4)." if isinstance(rule, type) and issubclass(rule, Strategy) else ""
 
 

@@ -21,6 +21,7 @@ from fxexpand.graph.site import Call, Site
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
+from fxexpand.manifests import Entry, check_plain, check_rebuilt, fitting, read_manifest
 from fxexpand.passes.collapse import release_all
 from fxexpand.rules import Rule, as_rules, match
 from fxexpand.strategies.strategy import Strategy
@@ -33,7 +34,7 @@ _MOST = 0.25
 
 def expand(
     model: nn.Module,
-    rules: Rule | Strategy | Sequence[Rule | Strategy],
+    rules: Rule | Strategy | Sequence[Rule | Strategy] | Mapping[str, Any],
     *,
     init: Init = "preserve",
     inplace: bool = False,
@@ -47,6 +48,9 @@ def expand(
     old one, with its dtype, device, memory format, ``requires_grad`` and train/eval flag. A layer that is used at
     several places is expanded once. ``contract`` is the inverse.
 
+    A ``manifest(model)`` in place of rules rebuilds what it lists, on the model as it was before: the same modules and
+    ``state_dict`` keys, also of expansions inside others. If it does not fit, the error says where.
+
     ``init="preserve"`` keeps the function exactly; ``"standard"`` leaves each new layer its class's own fresh
     initialisation (Guo et al. 2020, §4); a callable ``(site, layers) -> None`` does what it likes.
 
@@ -55,17 +59,34 @@ def expand(
     it was.
 
     Raises ``RuleError`` when no rule matches any layer, or a ``Rule`` with a ``where`` matches none;
+    also for a manifest that is none, or does not fit the model;
     ``ExpansionError`` for a layer that a rule matches but that cannot be expanded as asked.
     """
-    checked = as_rules(rules)
+    levels = read_manifest(rules) if isinstance(rules, Mapping) else None
+    checked = as_rules(rules) if levels is None else []
     check_model(model, "expand")
     if not (callable(init) or init in ("preserve", "standard")):
         raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
     work = open_up(_copied(model, share=inplace), Limits())
     release_all(work)
-    plans = [_plan(site, rule.strategy, init) for site, rule in match(find_sites(work), checked)]
-    result = _install(work, plans)
+    if levels is None:
+        result = _expanded(work, [(site, rule.strategy) for site, rule in match(find_sites(work), checked)], init)
+    else:
+        result = _rebuilt(work, levels, init)
     return _become(model, result) if inplace and isinstance(model, fx.GraphModule) else result
+
+
+def _expanded(work: nn.Module, chosen: Sequence[tuple[Site, Strategy]], init: Init) -> nn.Module:
+    return _install(work, [_plan(site, strategy, init) for site, strategy in chosen])
+
+
+def _rebuilt(work: nn.Module, levels: Sequence[Sequence[Entry]], init: Init) -> nn.Module:
+    """``work``, expanded as a manifest says. Expansions inside others are made once those are there."""
+    check_plain(work)
+    for entries in levels:
+        work = _expanded(work, fitting(work, entries), init)
+    check_rebuilt(work, levels)
+    return work
 
 
 @dataclass(frozen=True)
