@@ -58,7 +58,7 @@ def expand(
     of any other model, the result shares the parameters of the layers that stay. If an error is raised, ``model`` is as
     it was.
 
-    Raises ``RuleError`` when no rule matches any layer, or a ``Rule`` with a ``where`` matches none;
+    Raises ``RuleError`` when no rule matches any layer, or a ``where`` is in vain: no ``Rule`` that has it matches any;
     also for a manifest that is none, or does not fit the model;
     ``ExpansionError`` for a layer that a rule matches but that cannot be expanded as asked.
     """

@@ -25,11 +25,11 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         big.load_state_dict(checkpoint["state_dict"])
 
     ``"sites"`` has an entry for each expansion, an outer one before those inside it: the path, the class and the
-    hyperparameters of the layer that was there, and the strategy, as rules print it. ``"rules"`` are texts for
-    ``parse_rules``; given to ``expand`` one after another, they make the same of the same model. ``"fxexpand"`` is the
-    version of the library, ``"format"`` that of this form, and ``"classes"`` says where strategies of yours are
-    defined; ``expand`` imports nothing, so their modules must be imported. Weights, dtypes, devices and flags are not
-    in it.
+    hyperparameters of the layer that was there, and the strategy, as rules print it. ``"rules"`` says the same in
+    short, for ``parse_rules``: a text for each level of expansions inside others, to be given to ``expand`` one after
+    another where no strategy makes several levels by itself. ``"fxexpand"`` is the version of the library,
+    ``"format"`` that of this form. ``"classes"`` are the full names of strategies of yours; ``expand`` imports nothing,
+    so the modules that define them must be imported. Weights, dtypes, devices and flags are not in it.
 
     Raises ``ExpansionError`` when nothing in the model was expanded, or by a strategy that cannot be written as text.
     """

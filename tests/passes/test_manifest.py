@@ -196,6 +196,12 @@ def test_it_rebuilds(name: str) -> None:
     big = grow(plain())
     for inplace in (False, True):
         assert_rebuilt(expand(plain(), through_json(manifest(big)), inplace=inplace), big)
+    by_rules = plain()
+    for text in manifest(big)["rules"]:
+        by_rules = expand(by_rules, parse_rules(text, classes=[Inner, Around]))
+    # Calls that were expanded one by one have their layers in that order.
+    assert sorted(by_rules.state_dict()) == sorted(big.state_dict())
+    assert manifest(by_rules)["rules"][-1:] == manifest(big)["rules"][-1:] or name.startswith("calls")
 
 
 @given(networks(), st.sampled_from([CL(2), CK(4), CL(1.5, keep_input=True)]), st.booleans())
@@ -246,6 +252,10 @@ def test_what_a_strategy_has_expanded_by_itself_is_not_expanded_again() -> None:
     found = manifest(big)
     assert [site["path"] for site in found["sites"]] == ["0", "0.kernel", "2"]
     assert_rebuilt(expand(net(), found, init="standard"), big)
+    found["sites"][1]["strategy"] = "CL(rate=3, keep_input=False)"
+    found["rules"][1] = "CL(rate=3, keep_input=False) on 0.kernel"
+    with pytest.raises(RuleError, match=r"0\.kernel: expected Conv2d, found an expansion by CL\(rate=1"):
+        expand(net(), found, init="standard")
 
 
 # Resuming.
