@@ -118,7 +118,7 @@ def measure(setting: SiteSetting, rounds: int) -> dict[str, Any]:
             if counted >= 0:
                 times[name].append(spent)
     site = next(module for module in fast.modules() if isinstance(module, Collapsed))
-    costs = Collapsed.step_costs(site, site._order, setting.shape()[1:], setting.batch)
+    costs = Collapsed.step_costs(site._assembly, setting.shape()[1:], setting.batch)
     return {
         "site": str(setting),
         "seconds": {name: statistics.median(spent) for name, spent in times.items()},

@@ -180,7 +180,7 @@ def _floor(setting: Setting, model: nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, Collapsed):
             size = module.origin.geometry.kernel_size  # the least signal there is: what remains is the composition
-            composing += Collapsed.step_costs(module, module._order, size, 0)[1].macs
+            composing += Collapsed.step_costs(module._assembly, size, 0)[1].macs
     return 1 + composing / (3 * whole * setting.shape[0])
 
 

@@ -7,15 +7,15 @@ from math import prod
 
 from torch import fx, nn
 
-from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.chains import edits_of
+from fxexpand.graph.assembly import Assembly
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
-from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, rewrite, source_of
+from fxexpand.graph.occurrences import edits_of
+from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, StructureStep, rewrite, source_of
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.regions.live_region import LiveRegion
@@ -67,7 +67,7 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
             "one layer could compute. Expand it first; explain(model.train()) tells what is in the way."
         )
     for plan in planned:
-        Collapsed.adopt(plan.expanded, plan.order)
+        Collapsed.adopt(plan.expanded, plan.assembly)
     edits = [edit for plan in planned for edit in plan.edits]
     cheaper = [region for region in regions if isinstance(region, LivePlan) and region.refusal is None]
     rewrite([*edits, *map(_placed, cheaper)])
@@ -138,7 +138,7 @@ def _held(node: fx.Node) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _Plan:
     expanded: Expanded
-    order: Order
+    assembly: Assembly
     edits: tuple[Edit, ...]
 
 
@@ -169,9 +169,9 @@ def _plan(path: str, work: nn.Module, expanded: Expanded, shapes: Shapes) -> Pla
     """How ``expanded`` is called as one layer in all graphs of ``work``, or why it stays as it is."""
     if has_hooks(expanded):
         return PlannedExpansion(path, Refusal("it has forward or backward hooks"), None)
-    order = Collapsed.order_of(expanded)
-    if isinstance(order, Refusal):
-        return PlannedExpansion(path, order, None)
+    assembly = expanded.assembly()
+    if isinstance(assembly, Refusal):
+        return PlannedExpansion(path, assembly, None)
     edits: list[Edit] = []
     for gm in _graphs(work):
         for found in edits_of(gm, expanded, ModuleStep):
@@ -179,18 +179,18 @@ def _plan(path: str, work: nn.Module, expanded: Expanded, shapes: Shapes) -> Pla
                 return PlannedExpansion(path, found, None)
             edits.append(found)
     sources = [source_of(edit.nodes[0]) for edit in edits]
-    costs = _costs(expanded, order, [shapes[source] for source in sources if source in shapes])
+    costs = _costs(assembly, [shapes[source] for source in sources if source in shapes])
     refusal = None if costs is None else costs.dearer
-    return PlannedExpansion(path, refusal or _Plan(expanded, order, tuple(edits)), costs)
+    return PlannedExpansion(path, refusal or _Plan(expanded, assembly, tuple(edits)), costs)
 
 
-def _costs(expanded: Expanded, order: Order, inputs: list[tuple[int, ...]]) -> StepCosts | None:
+def _costs(assembly: Assembly, inputs: list[tuple[int, ...]]) -> StepCosts | None:
     """What a step costs for inputs of these shapes; None without any."""
     total = StepCosts(StepCost(), StepCost())
-    d = expanded.origin.geometry.dims
+    d = assembly.like.dims
     for shape in inputs:
         batch = prod(shape[:-1]) if d == 0 else prod(shape[: -d - 1])
-        total += StepCosts(*Collapsed.step_costs(expanded, order, shape[len(shape) - d :] if d else (), batch))
+        total += StepCosts(*Collapsed.step_costs(assembly, shape[len(shape) - d :] if d else (), batch))
     return total if inputs else None
 
 
@@ -210,7 +210,7 @@ def _placed(plan: LivePlan) -> Edit:
 
 def _opened(gm: fx.GraphModule, node: fx.Node, expanded: Expanded) -> Edit:
     """The edit that calls the layers of ``expanded`` where ``node`` calls it."""
-    return Edit(gm, (node,), tuple(ModuleStep(f"{node.target}.{path}") for path, _ in expanded.in_turn()))
+    return Edit(gm, (node,), (StructureStep(str(node.target), expanded),))
 
 
 def _graphs(work: nn.Module) -> list[fx.GraphModule]:

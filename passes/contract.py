@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
-from fxexpand.graph.chains import edits_of
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
+from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
@@ -138,7 +138,7 @@ def _restore_parameters(work: nn.Module, plan: _Plan, origin: CallOrigin) -> Non
 
 def _parameters(expanded: Expanded, kernel: Kernel) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The composed weight and bias with the dtype, memory format and flags that the layers have now."""
-    weights = [p for name, p in expanded.named_parameters() if name.endswith(".weight")]
+    weights = [p for name, p in expanded.named_parameters() if name.endswith(".weight") and p.dim() > 1]
     biases = [p for name, p in expanded.named_parameters() if name.endswith(".bias")]
     # A pointwise weight is laid out in every format at once: what any other has counts.
     layouts = {memory_format_of(weight) for weight in weights} - {torch.contiguous_format}

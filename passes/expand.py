@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -9,21 +10,23 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxexpand.algebra.compose import compose_all
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, LayerOrigin
-from fxexpand.graph.find import find_sites
-from fxexpand.graph.lift import lift_bare, memory_format_of, pad_module
-from fxexpand.graph.rewrite import Edit, ModuleStep, rewrite
+from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, ExpandedSum, LayerOrigin
+from fxexpand.graph.find import find_sites, layer_site
+from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.lift import memory_format_of, pad_module
+from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
+from fxexpand.graph.structure import Series, Sum, leaves
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
 from fxexpand.manifests import Entry, check_plain, check_rebuilt, fitting, read_manifest
 from fxexpand.passes.collapse import release_all
 from fxexpand.rules import Rule, as_rules, match
+from fxexpand.strategies.fill import BRANCHES, body, fill
 from fxexpand.strategies.strategy import Strategy
 
 Init: TypeAlias = "str | Callable[[Site, Mapping[str, nn.Module]], object]"
@@ -109,21 +112,57 @@ def _plan(site: Site, strategy: Strategy, init: Init) -> _Plan:
     """The expansion of one site, with its weights; changes nothing. Raises ``ExpansionError``."""
     if site.refusal is not None:
         raise ExpansionError(f"{site}: {site.refusal.reason}. Or exclude it with {_exclusion(site)}.")
-    # A strategy sees padding that a layer can express; any other goes before its layers as a module.
+    expanded = _expansion(site, strategy)
+    expanded.eval()  # batch norm has a kernel then; the flags of the old layer are carried over below
+    _check_geometry(site, strategy, expanded)
+    if callable(init):
+        init(site, {name: part for name, part in body(expanded)._modules.items() if name != PAD})
+    elif init == "preserve":
+        _preserve(site, strategy, expanded)
+    _carry_over(site, expanded)
+    return _Plan(site, expanded)
+
+
+def _expansion(site: Site, strategy: Strategy) -> Expanded:
+    """The layers of ``strategy`` for ``site``, freshly initialised. Raises ``ExpansionError``."""
+    first, *later = strategy.stages
+    expanded = _first_expansion(site, first)
+    for stage in later:
+        _expand_again(site, expanded, stage)
+    return expanded
+
+
+def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
+    # A strategy sees padding that its layers can express; any other goes before them as a module.
     seen = site if site.geometry.symmetric else replace(site, geometry=_unpadded(site))
     layers = strategy.layers(seen)
+    if isinstance(layers, Sum) and seen is site and site.geometry.padded and site.padding_mode != "zeros":
+        seen = replace(site, geometry=_unpadded(site))
+        layers = strategy.layers(seen)
     if isinstance(layers, Refusal):
         raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(site)}.")
     _check_layers(site, strategy, layers)
-    pad = {} if seen is site else {PAD: pad_module(site.padding_mode, site.padding)}
-    expanded = Expanded({**pad, **layers}, _origin(site), strategy)
-    _check_geometry(site, strategy, expanded)
-    if callable(init):
-        init(site, dict(layers))
-    elif init == "preserve":
-        _preserve(site, strategy, list(layers.values()))
-    _carry_over(site, expanded)
-    return _Plan(site, expanded)
+    structure = layers if isinstance(layers, Sum) else Series(layers)
+    if seen is not site:
+        parts = {BRANCHES: structure} if isinstance(structure, Sum) else structure._modules
+        structure = Series({PAD: pad_module(site.padding_mode, site.padding), **cast(Any, parts)})
+    return Expanded.of(structure, _origin(site), strategy)
+
+
+def _expand_again(site: Site, expanded: Expanded, strategy: Strategy) -> None:
+    """Put expansions in the place of those layers of ``expanded`` that ``strategy`` reaches."""
+    inner = [
+        layer_site(layer, f"{site.path}.{path}".lstrip("."), expanded=True)
+        for path, layer in leaves(expanded)
+        if isinstance(layer, tuple(DIMS))
+    ]
+    reached = [found for found in inner if found.dims in strategy.dims and strategy.reaches(found)]
+    if not reached:
+        raise ExpansionError(
+            f"{site}: {strategy} reaches none of the layers that it was to expand again: {', '.join(map(str, inner))}. "
+            f"Choose another strategy, or exclude it with {_exclusion(site)}."
+        )
+    replace_modules(expanded, {id(found.module): _expansion(found, strategy) for found in reached})
 
 
 def _unpadded(site: Site) -> Any:
@@ -153,68 +192,62 @@ def _origin(site: Site) -> LayerOrigin | CallOrigin:
 
 
 def _check_geometry(site: Site, strategy: Strategy, expanded: Expanded) -> None:
-    kernel = expanded.as_kernel(sketch=True)
-    if isinstance(kernel, Refusal):
-        raise ExpansionError(f"{site}: the layers of {strategy} do not make up this one: {kernel}. Mend its layers().")
+    assembly = expanded.assembly()
+    if isinstance(assembly, Refusal):
+        reason = f"the layers of {strategy} do not make up this one: {assembly}. Mend its layers()"
+        raise ExpansionError(f"{site}: {reason}.")
 
 
 def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
     """Raise ``ExpansionError`` unless a user's strategy gave distinct layers under names that modules can have."""
-    named = isinstance(layers, Mapping) and all(isinstance(name, str) for name in layers)
+    named = isinstance(layers, (Mapping, Sum)) and all(isinstance(name, str) for name in layers)
     if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
-        raise ExpansionError(f"{site}: {strategy}.layers() must give a mapping of names to modules, found {layers!r}.")
-    given = cast("Mapping[str, nn.Module]", layers)
-    taken = [
-        name
-        for name in given
-        if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin", "strategy")
-    ]
+        raise ExpansionError(
+            f"{site}: {strategy}.layers() must give a mapping of names to modules, or a Sum, found {layers!r}."
+        )
+    given = dict(cast("Mapping[str, nn.Module]", layers).items())
+    held = (PAD, BRANCHES, "origin", "strategy")
+    taken = [name for name in given if "." in name or not name or hasattr(ExpandedSum, name) or name in held]
     if taken:
         raise ExpansionError(
             f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."
         )
-    if len(set(map(id, given.values()))) < len(given):
+    inside = [module for part in given.values() for _, module in leaves(part)]
+    if len(set(map(id, inside))) < len(inside):
         raise ExpansionError(f"{site}: {strategy}.layers() gives one module twice. Make one for each name.")
 
 
-def _preserve(site: Site, strategy: Strategy, layers: list[nn.Module]) -> None:
-    """Give ``layers`` weights that compose to the weight of ``site``, computed in float64 and cast once."""
-    weight = cast(Tensor, site.weight)
+def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> None:
+    """Give the layers weights that make up the weight of ``site``, computed in float64 and cast once."""
+    weight, bias = cast(Tensor, site.weight), site.bias
     if weight.is_meta:  # there are no values to keep
         return
-    target = _exactly(Kernel(weight, site.bias, groups=site.groups))
-    if not all(bool(t.isfinite().all()) for t in (target.weight, target.bias) if t is not None):
+    if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
         raise ExpansionError(f"{site}: its weight or bias holds NaN or infinity; mend it, or use init='standard'.")
-    found = strategy.factorize(target, [_exactly_of(layer) for layer in layers])
-    if isinstance(found, Refusal):
+    refusal = fill(expanded, weight, bias)
+    if refusal is not None:
         raise ExpansionError(
-            f"{site}: {strategy} cannot keep the function: {found.reason}. Use that, or init='standard', "
+            f"{site}: {strategy} cannot keep the function: {refusal}. Use that, or init='standard', "
             f"or exclude it with {_exclusion(site)}."
         )
-    with torch.no_grad():
-        for layer, kernel in zip(layers, found, strict=True):
-            cast(Tensor, layer.weight).copy_(kernel.weight)
-            if kernel.bias is not None:
-                cast(Tensor, layer.bias).copy_(kernel.bias)
-    _check_product(site, strategy, compose_all(map(_exactly_of, layers)), target)
+    _check_product(site, strategy, expanded)
 
 
-def _exactly(kernel: Kernel) -> Kernel:
-    return kernel.detach().to(dtype=torch.float64)
-
-
-def _exactly_of(layer: nn.Module) -> Kernel:
-    kernel = lift_bare(layer)
-    if isinstance(kernel, Refusal):
-        raise ExpansionError(f"{type(layer).__name__}: {kernel.reason}; init='preserve' needs layers of those kinds.")
-    return _exactly(kernel)
-
-
-def _check_product(site: Site, strategy: Strategy, product: Kernel | Refusal, target: Kernel) -> None:
+def _check_product(site: Site, strategy: Strategy, expanded: Expanded) -> None:
     """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer."""
-    error = float("inf") if isinstance(product, Refusal) else _relative(_flat(product) - _flat(target), _flat(target))
+    product, weight = expanded.as_kernel(torch.float64), cast(Tensor, site.weight)
+    target = Kernel(weight, site.bias, groups=site.groups).detach().to(dtype=torch.float64)
+    error = float("inf") if isinstance(product, Refusal) else _relative(product.detach(), target)
     # A thousand units in the last place, for strategies that are less careful than they could be.
-    most = min(_MOST, 1024 * torch.finfo(cast(Tensor, site.weight).dtype).eps)
+    inexact = [module.strategy for module in expanded.modules() if isinstance(module, Expanded) and not _exact(module)]
+    if inexact and error < float("inf"):
+        warnings.warn(
+            f"expand: {site} as {inexact[0]} differs from the layer by {error:.1e} (relative)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
+    most = min(_MOST, 1024 * torch.finfo(weight.dtype).eps)
     if not error <= most:
         raise ExpansionError(
             f"{site}: the factors of {strategy} differ from the layer by {error:.1e} (relative), expected at most "
@@ -222,21 +255,25 @@ def _check_product(site: Site, strategy: Strategy, product: Kernel | Refusal, ta
         )
 
 
+def _exact(expanded: Expanded) -> bool:
+    return cast(Strategy, expanded.strategy).exact
+
+
 def _flat(kernel: Kernel) -> Tensor:
     return torch.cat([t.flatten() for t in (kernel.weight, kernel.bias) if t is not None])
 
 
-def _relative(difference: Tensor, expected: Tensor) -> float:
+def _relative(found: Kernel, wanted: Kernel) -> float:
+    difference, expected = _flat(found) - _flat(wanted), _flat(wanted)
     return float(difference.norm() / expected.norm()) if bool((difference != 0).any()) else 0.0
 
 
 def _carry_over(site: Site, expanded: Expanded) -> None:
     """Give the new layers the flags and the memory format of the old one, and keep what else it held."""
     weight = cast(Tensor, site.weight)
-    for layer in expanded.children():
-        for name, parameter in layer.named_parameters():
-            old = site.bias if name == "bias" and site.bias is not None else weight
-            parameter.requires_grad_(old.requires_grad)
+    for name, parameter in expanded.named_parameters():
+        old = site.bias if name.endswith(".bias") and site.bias is not None else weight
+        parameter.requires_grad_(old.requires_grad and parameter.requires_grad)
     expanded.to(memory_format=memory_format_of(weight))
     if site.module is not None:
         expanded.train(site.module.training)
@@ -271,8 +308,7 @@ def _edit(call: Call, plan: _Plan) -> Edit:
     node = call.node
     given = node if plan.site.module is not None else cast(fx.Node, [*node.args, node.kwargs.get("weight")][1])
     path = str(given.target)
-    steps = tuple(ModuleStep(f"{path}.{name}") for name in plan.expanded._modules)
-    return Edit(call.graph_module, (node,), steps)
+    return Edit(call.graph_module, (node,), (StructureStep(path, plan.expanded),))
 
 
 def _become(model: fx.GraphModule, result: nn.Module) -> nn.Module:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
-from fxexpand.algebra.affine import Affine, Border
-from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.affine import Affine
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
@@ -78,11 +76,8 @@ def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[
     layers: dict[int, nn.Module] = {}
     maps: dict[int, Affine] = {}
     for module in running(work)[1].values():
-        kernel = module.as_kernel(torch.float64) if isinstance(module, Expanded) and not has_hooks(module) else None
-        if isinstance(module, Expanded) and isinstance(kernel, Kernel):
-            mode, sides = module.entry_padding or ("zeros", kernel.padding)
-            plain = mode == "zeros"
-            affine = Affine(replace(kernel, padding=sides) if plain else kernel, None if plain else Border(mode, sides))
+        affine = module.as_affine(torch.float64) if isinstance(module, Expanded) and not has_hooks(module) else None
+        if isinstance(affine, Affine):
             first = next(module.parameters())
             flags = Flags(first.dtype, torch.contiguous_format, first.requires_grad, module.training)
             padding, layer = layer_of(affine, flags, copy=True)

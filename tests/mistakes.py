@@ -216,7 +216,7 @@ MUTANTS = [
     ),
     Mutant(
         "forgets the epsilon of batch norm",
-        "regions.maps:normalizing",
+        "algebra.channelwise:normalizing",
         "(var + eps)",
         "var",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
@@ -57,6 +58,26 @@ def scaled(kernel: Kernel, factor: float) -> Kernel:
     """The kernel of ``factor * kernel``."""
     bias = None if kernel.bias is None else kernel.bias * factor
     return replace(kernel, weight=kernel.weight * factor, bias=bias)
+
+
+def remainder(target: Kernel, branches: Sequence[Kernel]) -> list[Kernel] | Refusal:
+    """``branches`` with another first one, such that their sum is ``target``.
+
+    Identity: W₁ = W − Σ_{j>1} W_j. Exact when: the first branch has a tap wherever the others leave something.
+    """
+    first, *others = branches
+    rest = target
+    for other in others:
+        less = add(rest, scaled(other, -1.0))
+        if isinstance(less, Refusal):
+            return less
+        rest = less
+    if (rest.weight.shape, rest.padding) != (first.weight.shape, first.padding):
+        return Refusal(
+            f"the first branch has a kernel of {first.kernel_size} with padding {first.padding}, and the others leave "
+            f"one of {rest.kernel_size} with padding {rest.padding}"
+        )
+    return [first.over(rest.weight, rest.bias), *others]
 
 
 def _mismatch(a: Kernel, b: Kernel) -> Refusal | None:

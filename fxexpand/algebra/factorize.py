@@ -59,6 +59,47 @@ def matrices(target: Kernel, fresh: Sequence[Kernel]) -> list[Kernel] | Refusal:
     return _embed(target, chain, fresh, solved)
 
 
+def before_points(target: Kernel, fresh: Sequence[Kernel]) -> list[Kernel] | Refusal:
+    """A kernel B and pointwise C₁, …, C_l with C_l ∘ ··· ∘ C₁ ∘ B = ``target`` (Huh et al. 2023, §5).
+
+    Before:  W of m -> n channels
+    After:   B of m -> w with the taps of W, then pointwise layers to n
+
+    Identity: B applies W, the others carry its n outputs. Exact when: every hidden width is at least n, counted inside
+    each group; refuses otherwise.
+    """
+    weight = grouped(target.weight, target.groups)
+    return _embed(target, [weight] + [_identity(weight, 1)] * (len(fresh) - 1), fresh, solved=0)
+
+
+def truncated(target: Kernel, fresh: Sequence[Kernel]) -> list[Kernel]:
+    """The two layers of given width the product of which is nearest to ``target`` (Eckart and Young 1936).
+
+    Before:  W of m -> n channels with a×b taps, or one
+    After:   V of m -> r with a×1 taps, U of r -> n with 1×b taps
+
+    Identity: W, as an (n·b)×(m·a) matrix inside each group, is U·Σ·Vᵀ; the r largest singular values are kept, and
+    their roots go to both layers. The error is the root of the sum of the squares of the others.
+    """
+    first, second = fresh
+    g, d = target.groups, target.dims
+    rank = first.out_channels // g
+    blocks = grouped(target.weight, g)  # (g, n, m, *k)
+    a, b = (target.kernel_size[0], target.kernel_size[1]) if d == 2 else (1, 1)
+    n, m = blocks.shape[1:3]
+    matrix = blocks.reshape(g, n, m, a, b).permute(0, 1, 4, 2, 3).reshape(g, n * b, m * a)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    kept = min(rank, s.shape[-1])
+    root = s[:, :kept].sqrt()
+    left, right = matrix.new_zeros(g, n * b, rank), matrix.new_zeros(g, rank, m * a)
+    left[..., :kept], right[:, :kept] = u[..., :kept] * root[:, None], root[..., None] * v[:, :kept]
+    shape = (g * rank, m, a, 1) if d == 2 else (g * rank, m, *(1,) * d)
+    other = (g, n, b, rank)
+    outer = left.reshape(other).permute(0, 1, 3, 2).reshape((g * n, rank, 1, b) if d == 2 else (g * n, rank, *(1,) * d))
+    bias = None if first.bias is None else torch.zeros_like(first.bias)
+    return [replace(first, weight=right.reshape(shape), bias=bias), replace(second, weight=outer, bias=target.bias)]
+
+
 def shifts(target: Kernel, fresh: Sequence[Kernel]) -> list[Kernel] | Refusal:
     """Layers of at most 3 taps an axis whose chain is ``target`` (Guo et al. 2020, §3.3: the CK chain).
 

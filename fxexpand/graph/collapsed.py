@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxexpand.algebra.affine import Affine, Border
-from fxexpand.algebra.composition import Composition, composed, exact_products
+from fxexpand.algebra.composition import exact_products
 from fxexpand.algebra.kernel import Ints, Kernel
-from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.algebra.step_cost import StepCost, collapsed_step, explicit_step
-from fxexpand.graph.expanded import PAD, Expanded
+from fxexpand.algebra.step_cost import StepCost, applied_step
+from fxexpand.graph.assembly import Assembly, Path, at
+from fxexpand.graph.expanded import Expanded, ExpandedChain, ExpandedSum
 from fxexpand.graph.fingerprint import Fingerprint
-from fxexpand.graph.lift import lift_bare
 
 
 class Collapsed(Expanded):
@@ -25,90 +22,63 @@ class Collapsed(Expanded):
 
     The same children, parameters and ``state_dict`` keys, the same gradients, and no wide activations. It composes in
     the dtype of the parameters, also under autocast, and never keeps the result: weights may change in ways that no
-    version counter sees. When a layer is not as it was (it has hooks, or is another one) all run in turn.
-    Hooks for all modules there are see this one, not its layers: counters of operations are such hooks.
+    version counter sees. When a layer is not as it was (it has hooks, is another one, or is batch norm in training
+    mode) all run in turn. Hooks for all modules there are see this one, not its layers: counters of operations are such
+    hooks.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
-        _layers: tuple[tuple[tuple[str, ...], Kernel], ...]  # (path, kernel without numbers) of those in turn
-        _like: Affine  # the one layer without numbers
-        _expected: tuple[tuple[tuple[str, ...], Fingerprint], ...]
-        _order: Order
-        _composition: Composition | None
+        _assembly: Assembly
+        _expected: tuple[tuple[Path, Fingerprint], ...]
 
     @staticmethod
-    def order_of(expanded: Expanded) -> Order | Refusal:
-        """The order to compose the layers of ``expanded`` in, or why they cannot run as one layer."""
-        whole = expanded.as_kernel(sketch=True)
-        return whole if isinstance(whole, Refusal) else cheapest_order(_sketches(expanded))
-
-    @staticmethod
-    def adopt(expanded: Expanded, order: Order) -> None:
-        """Make ``expanded`` run as one layer, composed in ``order``; it stays the same object."""
-        whole, sketches = expanded.as_kernel(sketch=True), _sketches(expanded)
-        assert isinstance(whole, Kernel), "an expansion with an order is one layer"
-        expanded.__class__ = Collapsed
-        state: dict[str, Any] = vars(expanded)
+    def adopt(expanded: Expanded, assembly: Assembly) -> None:
+        """Make ``expanded`` run as the one layer of its ``assembly``; it stays the same object."""
+        expanded.__class__ = CollapsedSum if isinstance(expanded, ExpandedSum) else CollapsedChain
         inside = [(path, module) for path, module in expanded.named_modules() if path]
+        state: dict[str, Any] = vars(expanded)
+        state["_assembly"] = assembly
         state["_expected"] = tuple((tuple(path.split(".")), Fingerprint.of(module)) for path, module in inside)
-        state["_order"] = order
-        state["_composition"] = Composition.of(order, sketches)
-        paths = [tuple(path.split(".")) for path, _ in _leaves(expanded)]
-        state["_layers"] = tuple(zip(paths, sketches, strict=True))
-        state["_like"] = _like(expanded, whole.detach())
 
     @staticmethod
-    def step_costs(expanded: Expanded, order: Order, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
-        """What a training step costs ``expanded`` layer by layer, and as one layer, for ``batch`` signals of a size."""
-        first, *others = _sketches(expanded)
-        chain = [replace(first, padding=expanded.origin.geometry.padding), *others]
-        return explicit_step(chain, size, batch), collapsed_step(order, chain, size, batch)
+    def step_costs(assembly: Assembly, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+        """What a training step costs layer by layer, and as one layer, for ``batch`` signals of spatial ``size``."""
+        explicit, composing = assembly.steps(size, batch)
+        applied = applied_step(assembly.like, size, batch)
+        return explicit, composing + StepCost(applied.macs, applied.activations)
 
     def release(self) -> None:
         """Make it run layer by layer again."""
-        for name in ("_expected", "_order", "_composition", "_layers", "_like"):
+        for name in ("_assembly", "_expected"):
             del vars(self)[name]
-        self.__class__ = Expanded  # type: ignore[assignment]  # that is the point
+        self.__class__ = ExpandedSum if isinstance(self, ExpandedSum) else ExpandedChain  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
         traced = isinstance(cast(object, input), fx.Proxy)
-        if traced or not all(expected.matches(self._at(path)) for path, expected in self._expected):
+        if traced or not all(expected.matches(at(self, path)) for path, expected in self._expected):
             return self._in_turn(input)
         with exact_products(input.device.type):
-            numbers = self._composed()
-        return self._in_turn(input) if isinstance(numbers, Refusal) else self._like.over(*numbers).apply(input)
+            kernel = self._composed()
+        if isinstance(kernel, Refusal):
+            return self._in_turn(input)
+        return self._assembly.like.over(kernel.weight, kernel.bias).apply(input)
 
     def _in_turn(self, x: Tensor) -> Tensor:
-        found: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        found: Tensor = super().forward(x)
         return found
 
-    def _composed(self) -> tuple[Tensor, Tensor | None] | Refusal:
-        """(weight, bias) of the one layer."""
-        layers = [(self._at(path), sketch) for path, sketch in self._layers]
-        return composed(
-            self._order, self._composition, [sketch.over(layer.weight, layer.bias) for layer, sketch in layers]
-        )
-
-    def _at(self, names: tuple[str, ...]) -> Any:
-        module: Any = self
-        for name in names:
-            module = module._modules[name]
-        return module
+    def _composed(self) -> Kernel | Refusal:
+        return self._assembly.kernel(self, _as_it_is)
 
 
-def _leaves(expanded: Expanded) -> list[tuple[str, nn.Module]]:
-    """(path, layer) of the layers in turn; the padding before them is none."""
-    return [(path, module) for path, module in expanded.in_turn() if path.rpartition(".")[2] != PAD]
+class CollapsedChain(Collapsed, ExpandedChain):
+    """Layers one after another that run as one."""
 
 
-def _sketches(expanded: Expanded) -> list[Kernel]:
-    """The kernels of the layers in turn, with shapes and no numbers."""
-    lifted = [lift_bare(layer) for _, layer in _leaves(expanded)]
-    return [kernel.detach().to(device="meta") for kernel in lifted if isinstance(kernel, Kernel)]
+class CollapsedSum(Collapsed, ExpandedSum):
+    """Branches side by side that run as one layer."""
 
 
-def _like(expanded: Expanded, whole: Kernel) -> Affine:
-    """``whole``, with the padding before the layers."""
-    mode, sides = expanded.entry_padding or ("zeros", ())
-    return Affine(replace(whole, padding=sides)) if mode == "zeros" else Affine(whole, Border(mode, sides))
+def _as_it_is(tensor: Tensor | None) -> Tensor | None:
+    return tensor

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fxexpand.algebra.compose import compose_all
-from fxexpand.algebra.kernel import Ints, Kernel, Sides
+from fxexpand.algebra.affine import Affine, Border
+from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.assembly import Assembly, assembly_of
 from fxexpand.graph.geometry import Geometry
-from fxexpand.graph.layers import peculiarity
-from fxexpand.graph.lift import lift_bare, padding_of
+from fxexpand.graph.structure import Series, Sum, leaves
 
 # What marks the layers of expansions, so that they are known where some other pass has dropped what holds them.
 _MARK = "part_of_expansion"
@@ -63,25 +62,27 @@ class CallOrigin:
         return f"{self.function.__name__}()"
 
 
-class Expanded(nn.Sequential):
+class Expanded(nn.Module):
     """The layers that stand for one layer, under its path: ``features.0.expand``, ``features.0.kernel``, …
 
-    Calling it applies them in turn. It also answers for the layer that it replaces: ``weight`` and ``bias`` are
-    composed from the layers, differentiably, and hyperparameters (``in_channels``, …) are the old layer's. So code
-    that reads a layer's weight instead of calling it keeps its function. ``strategy`` is what said which layers these
-    are.
+    Calling it applies them, in turn or side by side. It also answers for the layer that it replaces: ``weight`` and
+    ``bias`` are composed from the layers, differentiably, and hyperparameters (``in_channels``, …) are the old layer's.
+    So code that reads a layer's weight instead of calling it keeps its function. ``strategy`` is what said which layers
+    these are.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         origin: LayerOrigin | CallOrigin
         strategy: object
 
-    def __init__(self, layers: Mapping[str, nn.Module], origin: LayerOrigin | CallOrigin, strategy: object) -> None:
-        super().__init__(OrderedDict(layers))
-        self.origin = origin
-        self.strategy = strategy
-        for layer in layers.values():
+    @staticmethod
+    def of(structure: Series | Sum, origin: LayerOrigin | CallOrigin, strategy: object) -> Expanded:
+        """The expansion that holds the parts of ``structure``."""
+        expanded: Expanded = (ExpandedSum if isinstance(structure, Sum) else ExpandedChain)(structure._modules)
+        expanded.origin, expanded.strategy = origin, strategy
+        for _, layer in leaves(expanded):
             setattr(layer, _MARK, True)
+        return expanded
 
     @property
     def weight(self) -> Tensor:
@@ -93,56 +94,51 @@ class Expanded(nn.Sequential):
         """The bias of the one layer that these are: (n,), or None."""
         return self._kernel().bias
 
-    def as_kernel(self, dtype: torch.dtype | None = None, *, sketch: bool = False) -> Kernel | Refusal:
-        """The kernel that the layers compose to, computed in ``dtype``, without the padding of the first.
-
-        A ``sketch`` is on the device "meta": it has shapes, and no numbers. Refuses when the layers no longer form one
-        layer with the hyperparameters of the old one.
-        """
-        kernels: list[Kernel] = []
-        for position, (name, layer) in enumerate(self.named_children()):
-            if name == PAD and position == 0:
-                continue
-            lifted = _lift_inner(layer, first=position == 0, sketch=sketch)
-            if isinstance(lifted, Refusal):
-                return lifted.at(name)
-            kernels.append(lifted if dtype is None else lifted.to(dtype=dtype))
+    def assembly(self) -> Assembly | Refusal:
+        """How the layers make up one layer with the hyperparameters of the old one, or why they do not."""
+        found = assembly_of(self, self.origin.geometry.in_channels, self.origin.geometry.dims)
+        if isinstance(found, Refusal):
+            return found
         devices = sorted({str(parameter.device) for parameter in self.parameters()})
         if len(devices) != 1:
             return Refusal(f"its layers are on {len(devices)} devices ({', '.join(devices)}), expected one")
-        whole = compose_all(kernel.to(device="meta") for kernel in kernels) if sketch else compose_all(kernels)
-        return whole if isinstance(whole, Refusal) else self._as_before(whole)
+        return self._unlike(found.like) or found
 
-    def in_turn(self) -> list[tuple[str, nn.Module]]:
-        """(path, module) of all that is called in turn: padding and layers, also those of expansions inside."""
-        found: list[tuple[str, nn.Module]] = []
-        for name, child in self.named_children():
-            inner = child.in_turn() if isinstance(child, Expanded) else [("", child)]
-            found += [(f"{name}.{path}".rstrip("."), module) for path, module in inner]
-        return found
+    def as_kernel(self, dtype: torch.dtype | None = None) -> Kernel | Refusal:
+        """The kernel that the layers make up, computed in ``dtype``, without the padding.
 
-    @property
-    def entry_padding(self) -> tuple[str, Sides] | None:
-        """(mode, sides) that pads the input: by the first layer, or by a padding module before it."""
-        first = next(iter(self._modules.values()))
-        return first.entry_padding if isinstance(first, Expanded) else padding_of(first)
+        Refuses when the layers no longer form one layer with the hyperparameters of the old one.
+        """
+        whole = self.as_affine(dtype)
+        if isinstance(whole, Refusal):
+            return whole
+        geometry, (weight, bias) = self.origin.geometry, (whole.kernel.weight, whole.kernel.bias)
+        return Kernel(weight, bias, geometry.stride, (), geometry.dilation, geometry.groups)
 
-    def _as_before(self, whole: Kernel) -> Kernel | Refusal:
-        geometry = self.origin.geometry
+    def as_affine(self, dtype: torch.dtype | None = None) -> Affine | Refusal:
+        """The map that the layers make up, computed in ``dtype``, with its padding; refuses as ``as_kernel`` does."""
+        found = self.assembly()
+        if isinstance(found, Refusal):
+            return found
+        whole = found.kernel(self, lambda tensor: tensor if tensor is None or dtype is None else tensor.to(dtype))
+        return whole if isinstance(whole, Refusal) else found.like.over(whole.weight, whole.bias)
+
+    def _unlike(self, whole: Affine) -> Refusal | None:
+        geometry, kernel = self.origin.geometry, whole.kernel
         shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+        border = whole.border or (Border("zeros", kernel.padding) if any(map(any, kernel.padding)) else None)
         facts = [
-            ("weight of shape", tuple(whole.weight.shape), shape),
-            ("stride", whole.stride, geometry.stride),
-            ("dilation", _where_it_counts(whole.dilation, shape), _where_it_counts(geometry.dilation, shape)),
-            ("groups", whole.groups, geometry.groups),
-            ("inner padding", any(map(any, whole.padding)), False),
-            ("padding", self.entry_padding, (geometry.padding_mode, geometry.padding) if geometry.padded else None),
-            ("bias", whole.bias is not None, geometry.has_bias),
+            ("weight of shape", tuple(kernel.weight.shape), shape),
+            ("stride", kernel.stride, geometry.stride),
+            ("dilation", _where_it_counts(kernel.dilation, shape), _where_it_counts(geometry.dilation, shape)),
+            ("groups", kernel.groups, geometry.groups),
+            ("padding", border, Border(geometry.padding_mode, geometry.padding) if geometry.padded else None),
+            ("bias", kernel.bias is not None, geometry.has_bias),
         ]
         for what, found, expected in facts:
             if found != expected:
                 return Refusal(f"its layers form one with {what} {found}, where the layer had {expected}")
-        return Kernel(whole.weight, whole.bias, geometry.stride, (), geometry.dilation, geometry.groups)
+        return None
 
     def _kernel(self) -> Kernel:
         device = next(self.parameters()).device
@@ -162,26 +158,18 @@ class Expanded(nn.Sequential):
             raise
 
 
+class ExpandedChain(Expanded, Series):
+    """An expansion into layers one after another: y = reduce(kernel(expand(x)))."""
+
+
+class ExpandedSum(Expanded, Sum):
+    """An expansion into branches side by side: y = square(x) + horizontal(x) + vertical(x)."""
+
+
 def strays(model: nn.Module) -> list[str]:
     """The paths of layers of an expansion that no longer stand in one."""
-    held = {id(layer) for module in model.modules() if isinstance(module, Expanded) for layer in module.children()}
+    held = {id(layer) for module in model.modules() if isinstance(module, Expanded) for layer in module.modules()}
     return [path for path, module in model.named_modules() if hasattr(module, _MARK) and id(module) not in held]
-
-
-def _lift_inner(layer: nn.Module, *, first: bool, sketch: bool) -> Kernel | Refusal:
-    """The kernel of one layer of an expansion; the first one's padding is the expansion's own, and left out."""
-    if isinstance(layer, Expanded):
-        kernel, padding = layer.as_kernel(sketch=sketch), layer.entry_padding
-    else:
-        kernel, padding = lift_bare(layer), padding_of(layer)
-        if isinstance(kernel, Kernel):
-            kernel = peculiarity(layer) or kernel
-    if first or padding is None or isinstance(kernel, Refusal):
-        return kernel
-    mode, sides = padding
-    if mode != "zeros":
-        return Refusal(f"it pads with mode {mode!r} inside the expansion, where one layer would see zeros")
-    return replace(kernel, padding=sides)
 
 
 def _where_it_counts(dilation: Ints, shape: tuple[int, ...]) -> Ints:

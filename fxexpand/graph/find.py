@@ -74,6 +74,11 @@ def _walk_graph(gm: fx.GraphModule, prefix: str, seen: set[int]) -> Iterator[tup
                 yield call_site.path, call_site
 
 
+def layer_site(layer: nn.Module, path: str, *, expanded: bool) -> Site:
+    """The site of a layer that no graph calls yet; ``expanded``: it belongs to an expansion."""
+    return replace(_module_site(layer, (), reads_input=False, expanded=expanded), path=path)
+
+
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The node that a layer is applied to, as its first argument or by name; none for a node that is no such call."""
     value = node.args[0] if node.args else node.kwargs.get("input")

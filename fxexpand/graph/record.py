@@ -67,15 +67,14 @@ class Record:
                 values.append(node.target(*args, **kwargs))
         return values[-1]
 
-    def emit(self, graph: fx.Graph, source: fx.Node, paths: Sequence[str]) -> fx.Node:
+    def emit(self, graph: fx.Graph, source: fx.Node, paths: Sequence[str]) -> list[fx.Node]:
         """Put the nodes into ``graph``, at its insertion point, to read ``source``; ``paths`` say where things are."""
         values: list[Any] = [source]
         for node in self.nodes:
             args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _looked_up(a, values))
             target = node.target if node.held is None else paths[node.held]
             values.append(graph.create_node(node.op, target, args, kwargs, node.name))
-        last: fx.Node = values[-1]
-        return last
+        return values[1:]
 
 
 def _positioned(argument: Any, positions: dict[fx.Node, int]) -> Any:

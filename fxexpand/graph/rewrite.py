@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import fx
+from torch import fx, nn
 
 from fxexpand.graph.record import Record
+from fxexpand.graph.structure import Series, Sum
 
 # What FX passes record of a node's value; it does not hold for the values inside an expansion.
 _VALUE_META = frozenset({"val", "tensor_meta", "example_value", "type"})
@@ -20,6 +22,16 @@ class ModuleStep:
 
     path: str
     attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StructureStep:
+    """Call the layers of ``structure``, which is at ``path``, on the value before: one after another, and side by side
+    with their outputs added.
+    """
+
+    path: str
+    structure: nn.Module
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class RecordStep:
     paths: tuple[str, ...]
 
 
-EditStep: TypeAlias = "ModuleStep | FunctionStep | RecordStep"
+EditStep: TypeAlias = "ModuleStep | StructureStep | FunctionStep | RecordStep"
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,10 @@ def _carry_out(edit: Edit, replaced: dict[fx.Node, fx.Node]) -> None:
     value = source_of(first) if edit.source is None else replaced.get(edit.source, edit.source)
     for step in edit.steps:
         with graph.inserting_before(first):  # where the value is read now: something may change it later, in place
-            value = _emit(graph, value, step)
-        value.meta = {name: fact for name, fact in last.meta.items() if name not in _VALUE_META}
+            made = _emit(graph, value, step)
+        for node in made:
+            node.meta = {name: fact for name, fact in last.meta.items() if name not in _VALUE_META}
+        value = made[-1]
     value.meta = {**last.meta, **edit.meta}
     last.replace_all_uses_with(value)
     replaced[last] = value
@@ -112,10 +126,33 @@ def source_of(node: fx.Node) -> fx.Node:
     return value
 
 
-def _emit(graph: fx.Graph, value: fx.Node, step: EditStep) -> fx.Node:
+def _emit(graph: fx.Graph, value: fx.Node, step: EditStep) -> list[fx.Node]:
+    """The nodes of ``step``, the last of which gives its value."""
     if isinstance(step, RecordStep):
         return step.record.emit(graph, value, step.paths)
+    if isinstance(step, StructureStep):
+        return list(_emit_structure(graph, value, step.structure, step.path))
     if isinstance(step, ModuleStep):
-        return graph.call_module(step.path, (value, *map(graph.get_attr, step.attributes)))
+        return [graph.call_module(step.path, (value, *map(graph.get_attr, step.attributes)))]
     tensors = [None if path is None else graph.get_attr(path) for path in step.attributes]
-    return graph.call_function(step.function, (value, *tensors), dict(step.settings))
+    return [graph.call_function(step.function, (value, *tensors), dict(step.settings))]
+
+
+def _emit_structure(graph: fx.Graph, value: fx.Node, structure: nn.Module, path: str) -> Iterator[fx.Node]:
+    parts = [(f"{path}.{name}".lstrip("."), part) for name, part in structure._modules.items() if part is not None]
+    if isinstance(structure, Series):
+        for inner, part in parts:
+            for node in _emit_structure(graph, value, part, inner):
+                value = node
+                yield node
+    elif isinstance(structure, Sum):
+        total: fx.Node | None = None
+        for inner, part in parts:
+            made = list(_emit_structure(graph, value, part, inner))
+            yield from made
+            if total is not None:
+                made.append(graph.call_function(operator.add, (total, made[-1])))
+                yield made[-1]
+            total = made[-1]
+    else:
+        yield graph.call_module(path, (value,))

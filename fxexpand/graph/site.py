@@ -10,7 +10,11 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Ints, Sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import Geometry, spread
+from fxexpand.graph.lift import pad_module
+from fxexpand.graph.structure import Series
 
+_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _LAYER = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -119,14 +123,15 @@ class Site:
         stride: int | Ints = 1,
         padding: int | Ints | Sides = 0,
         dilation: int | Ints = 1,
+        groups: int | None = None,
+        bias: bool | None = None,
     ) -> nn.Module:
-        """A new layer of this site's kind (``Linear`` or ``ConvNd``), groups, bias, dtype and device.
+        """A new layer of this site's kind (``Linear`` or ``ConvNd``), dtype and device.
 
-        ``padding`` may be the site's own; the site's padding mode goes with it. A linear layer has channels alone.
+        Its groups and whether it has a bias are the site's, unless given. ``padding`` may be the site's own; the site's
+        padding mode goes with it. A linear layer has channels alone.
         """
-        if self.weight is None:
-            raise TypeError(f"{self.path}: {self.refusal}")
-        options: dict[str, Any] = {"bias": self.has_bias, "dtype": self.weight.dtype, "device": self.weight.device}
+        options: dict[str, Any] = {"bias": self.has_bias if bias is None else bias} | self._like_weight
         if self.dims == 0:
             return nn.Linear(in_channels, out_channels, **options)
         amounts = tuple(side if isinstance(side, int) else side[0] for side in _spread_sides(padding, self.dims))
@@ -138,11 +143,64 @@ class Site:
             stride=spread(stride, self.dims),
             padding=amounts,
             dilation=spread(dilation, self.dims),
-            groups=self.groups,
+            groups=self.groups if groups is None else groups,
             padding_mode=self.padding_mode if any(amounts) else "zeros",
             **options,
         )
         return layer
+
+    def branch(self, kernel_size: int | Ints, *, bias: bool | None = None) -> nn.Module:
+        """A layer with a kernel of ``kernel_size`` or less in the middle of this site's, and its channels, stride,
+        dilation and groups; added to the site's own, it gives one kernel of the site's size.
+
+        Where that takes other padding than a layer has (more on one side, or less than none), padding goes before it.
+        """
+        size, sides = spread(kernel_size, self.dims), self.beside(kernel_size)
+        plain = all(before == after >= 0 for before, after in sides)
+        layer = self.layer(
+            self.in_channels,
+            self.out_channels,
+            size,
+            stride=self.stride,
+            padding=sides if plain else 0,
+            dilation=self.dilation,
+            bias=bias,
+        )
+        return layer if plain else Series({"pad": pad_module("zeros", sides), "conv": layer})
+
+    def beside(self, kernel_size: int | Ints) -> Sides:
+        """The padding of a kernel of ``kernel_size`` that stands in the middle of this site's; less than 0 crops."""
+        size = spread(kernel_size, self.dims)
+        return tuple(
+            (before - step * ((k - own) // 2), after - step * (k - own - (k - own) // 2))
+            for (before, after), step, k, own in zip(self.padding, self.dilation, self.kernel_size, size, strict=True)
+        )
+
+    def average(self) -> nn.Module:
+        """An average pool with this site's kernel size and stride, without padding."""
+        build: Any = _POOL[self.dims]
+        pool: nn.Module = build(self.kernel_size, stride=self.stride)
+        return pool
+
+    def norm(self, channels: int | None = None) -> nn.Module:
+        """Batch norm for ``channels``, the site's output channels by default."""
+        build: Any = _NORM[self.dims]
+        norm: nn.Module = build(self.out_channels if channels is None else channels, **self._like_weight)
+        return norm
+
+    def scale(self, value: float = 1.0) -> nn.Module:
+        """A learnt number for each output channel, ``value`` at first: a depthwise, pointwise convolution."""
+        n = self.out_channels
+        layer: Any = self.layer(n, n, groups=n, bias=False)
+        nn.init.constant_(layer.weight, value)
+        scale: nn.Module = layer
+        return scale
+
+    @property
+    def _like_weight(self) -> dict[str, Any]:
+        if self.weight is None:
+            raise TypeError(f"{self.path}: {self.refusal}")
+        return {"dtype": self.weight.dtype, "device": self.weight.device}
 
     def __str__(self) -> str:
         """``features.0 (Conv2d 3×3, 16 -> 32, groups=4)``."""

@@ -54,10 +54,10 @@ class Reader(Scanner):
             if name not in self.strategies:
                 found = repr(name) if name else self.found()
                 raise self.error(f"expected a strategy, found {found}.{self._known(name)}", at)
-            made = self.call(self.strategies[name], name, at)
+            made = self._checked(self.call(self.strategies[name], name, at), name, at)
             while dot := self.peek(rf"\.\s*(?:{_NAME})?"):
                 made = self._then(made, dot)
-            return self._checked(made, name, at)
+            return made
 
     def call(self, function: Callable[..., Any], name: str, at: int) -> Any:
         """``function`` of the arguments that stand next, in parentheses, or of none. ``name`` stands ``at``."""
@@ -75,8 +75,9 @@ class Reader(Scanner):
         try:
             return function(*[v.value for v in given], **{key: v.value for key, v in named.items()})
         except (RuleError, TypeError, ValueError) as error:
-            blamed = (v.at for key, v in bound.items() if re.search(rf"\b{re.escape(key)}\b", str(error)))
-            raise self.error(str(error), next(blamed, at)) from error
+            blamed = [v.at for key, v in bound.items() if re.search(rf"\b{re.escape(key)}\b", str(error))]
+            only = [v.at for v in bound.values()] if len(bound) == 1 else []
+            raise self.error(str(error), [*blamed, *only, at][0]) from error
 
     def value(self) -> object:
         """A number, string, ``True``, ``False``, ``None``, tuple, list, class of layers, or strategy."""
@@ -123,15 +124,12 @@ class Reader(Scanner):
         yield
         self._depth -= 1
 
-    def _then(self, first: Any, dot: str) -> Any:
+    def _then(self, first: Strategy, dot: str) -> Strategy:
         at = self.here()
         if not re.fullmatch(r"\.\s*then", dot):
             raise self.error(f"expected .then(strategy), found {dot!r}. A glob stands after 'on'.", at)
-        then = getattr(first, "then", None)
-        if not callable(then):
-            raise self.error(f"{type(first).__name__} has no method then: it cannot be combined with another.", at)
         self.at += len(dot)
-        return self.call(then, "then", at)
+        return self._checked(self.call(first.then, "then", at), "then", at)
 
     def _checked(self, made: object, name: str, at: int) -> Strategy:
         if not isinstance(made, Strategy):

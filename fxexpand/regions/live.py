@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_series, in_sum, swapped, times
+from fxexpand.algebra.channelwise import depthwise, normalizing
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS
 from fxexpand.graph.record import Record
-from fxexpand.regions.maps import depthwise, normalizing, shaped
+from fxexpand.regions.maps import shaped
 from fxexpand.regions.parts import Join
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.region import Stretch
@@ -77,7 +78,7 @@ class Normalizing:
     def map(self, held: Held) -> Affine:
         norm = held[self.module]
         scale, shift = normalizing(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-        return depthwise(scale, shift, self.dims)
+        return Affine(depthwise(scale, shift, self.dims))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.channelwise import averaging, depthwise, normalizing
 from fxexpand.algebra.kernel import Kernel, pad_sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import spread
@@ -27,11 +29,6 @@ def shaped(signal: Signal) -> tuple[int, int] | Refusal:
     if signal.channels < 1:
         return Refusal("it has no channels")
     return signal.dims, signal.channels
-
-
-def depthwise(scale: Tensor, shift: Tensor | None, dims: int) -> Affine:
-    """scale · x + shift, with a number a channel: (n,)."""
-    return Affine(Kernel(scale.reshape(-1, 1, *(1,) * dims), shift, groups=scale.numel()))
 
 
 def batch_norm_map(
@@ -54,18 +51,7 @@ def batch_norm_map(
         )
     factor, term = (None if tensor is None else tensor.detach().double() for tensor in (weight, bias))
     scale, shift = normalizing(mean.double(), var.double(), factor, term, eps)
-    return depthwise(scale, shift, dims)
-
-
-def normalizing(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of batch norm with running statistics, a number a channel each."""
-    scale = (var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+    return Affine(depthwise(scale, shift, dims))
 
 
 def average(
@@ -90,8 +76,8 @@ def average(
         known = shaped(signal)
         if isinstance(known, Refusal):
             return known
-        weight = torch.full((known[1], 1, *window), 1 / (divisor or prod(window)), dtype=torch.float64)
-        return Affine(Kernel(weight, None, steps, tuple((p, p) for p in sides), groups=known[1]))
+        pool = averaging(known[1], window, steps, divisor, dtype=torch.float64)
+        return Affine(replace(pool, padding=tuple((p, p) for p in sides)))
 
     return Unary(source, make, reads=Signal(dims=d), gives=Signal(dims=d))
 
@@ -126,7 +112,7 @@ def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:
         terms = _per_channel(shift, signal, channels)
         if isinstance(factors, Refusal) or isinstance(terms, Refusal):
             return factors if isinstance(factors, Refusal) else terms  # type: ignore[return-value]  # one is
-        return depthwise(factors, None if _is_number(shift, 0) else terms, dims)
+        return Affine(depthwise(factors, None if _is_number(shift, 0) else terms, dims))
 
     if _is_number(scale, 1) and _is_number(shift, 0):
         return Unary(source, lambda _: None)

@@ -1,4 +1,4 @@
-"""What every strategy is: a frozen value with two methods."""
+"""What every strategy is: a frozen value that says what a layer becomes, and with which weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import ClassVar
 
 from torch import nn
 
+from fxexpand.algebra.combine import remainder
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import RuleError
 from fxexpand.graph.site import Site
+from fxexpand.graph.structure import Sum
 
 
 @dataclass(frozen=True)
@@ -22,26 +24,55 @@ class Strategy(ABC):
     """A way to make several linear layers of one.
 
     A strategy says which layers (``layers``) and how they make up a given kernel (``factorize``). It edits nothing:
-    copying flags, placing padding that no layer can express, and rewriting the graph are done for it.
+    copying flags, placing padding that no layer can express, rewriting the graph, composing and contracting are done
+    for it, whatever the structure.
     """
 
     dims: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     """The kinds of layer it is about, by spatial axes: 0 for linear layers, 1 to 3 for convolutions."""
 
-    @abstractmethod
-    def layers(self, site: Site) -> Mapping[str, nn.Module] | Refusal:
-        """The new layers in the order in which they are applied, under the names they take below the site's path.
+    exact: ClassVar[bool] = True
+    """Whether ``factorize`` gives the function that the layer has. One that comes near it only reports how near."""
 
-        Built by ``site.layer``. The padding of the site, which is symmetric, belongs to the first of them; strides and
-        dilation must multiply up to the site's. A ``Refusal`` says what would do instead.
+    source: ClassVar[str] = ""
+    structure: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    """Where it comes from, what a layer becomes, and how many weights that has without bias and groups, for people."""
+
+    @abstractmethod
+    def layers(self, site: Site) -> Mapping[str, nn.Module] | Sum | Refusal:
+        """The new layers, under the names they take below the site's path: a mapping, in the order in which they are
+        applied, or a ``Sum`` of branches that are added.
+
+        Built by ``site.layer``, ``site.branch``, ``site.norm`` and ``site.scale``; ``nn.Identity`` and average pools
+        without padding may stand between them, and parts may be a ``Series`` or ``Sum`` themselves. The padding of the
+        site, which is symmetric, belongs to the first layer of a chain, and to each branch (``site.branch`` sees to
+        it); strides and dilation must multiply up to the site's. A ``Refusal`` says what would do instead.
         """
 
-    @abstractmethod
     def factorize(self, target: Kernel, fresh: Sequence[Kernel]) -> Sequence[Kernel] | Refusal:
-        """The kernels of the new layers such that their composition is ``target``, in float64.
+        """The kernels of the new layers such that they make up ``target``, in float64.
 
-        ``fresh`` are the layers as initialised, without padding. A ``Refusal`` says which rate is enough.
+        ``fresh`` are the parts as initialised: those of a chain without padding, branches with theirs. A ``Refusal``
+        says which rate is enough. Unless a strategy says otherwise, the first branch takes what the others leave.
         """
+        return remainder(target, fresh)
+
+    @property
+    def collapses(self) -> bool:
+        """Whether the layers are one layer while they train, so that ``collapse`` can run them as one."""
+        return True
+
+    @property
+    def stages(self) -> tuple[Strategy, ...]:
+        """This strategy alone, or those that expand a layer one after another; see ``then``."""
+        return (self,)
+
+    def then(self, second: Strategy) -> Strategy:
+        """This strategy, with the layers that it makes expanded again by ``second``: those that it reaches."""
+        from fxexpand.strategies.then import Then
+
+        return Then(self, second)
 
     def reaches(self, site: Site) -> bool:
         """Whether the bare strategy, without a ``where``, is meant for this layer. All of its kind, by default."""

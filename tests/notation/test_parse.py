@@ -18,7 +18,7 @@ from fxexpand import CK, CL, FC, Rule, RuleError, layer, parse_rules
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.filters import Filter
 from fxexpand.graph.site import Site
-from fxexpand.strategies import Strategy
+from fxexpand.strategies import ACNet, DiverseBranch, LowRank, RepVGG, Strategy, Then
 
 
 class Own(nn.Conv2d):
@@ -53,12 +53,16 @@ class First(CL):
         return Pair(self, second, mode=mode)
 
 
+class Mine(FC):
+    """A strategy of the user's."""
+
+
 @dataclass(frozen=True)
 class Half(Strategy):
     """Not all of a strategy is there."""
 
 
-OWN = (Pair, First, Own)
+OWN = (Pair, First, Mine, Own)
 
 
 # What it means.
@@ -98,6 +102,10 @@ OWN = (Pair, First, Own)
         ("First", [Rule(First())]),
         ("First+FC(2) on *", [Rule(First(), layer("*")), Rule(FC(2), layer("*"))]),
         ("First(rate=1e-1)", [Rule(First(0.1))]),
+        ("CL(4).then(ACNet())", [Rule(CL(4).then(ACNet()))]),
+        ("CL(4).then(ACNet).then(FC(2))", [Rule(CL(4).then(ACNet()).then(FC(2)))]),
+        ("CL(4).then(ACNet.then(FC(2))) on a", [Rule(CL(4).then(ACNet().then(FC(2))), layer("a"))]),
+        ("RepVGG(batch_norm=True)", [Rule(RepVGG(batch_norm=True))]),
         ("First(3).then(FC(2))", [Rule(Pair(First(3), FC(2)))]),
         ("First . then( CL(2), mode='x' ) on a", [Rule(Pair(First(), CL(2), mode="x"), layer("a"))]),
         ("Pair(First, First(2).then(FC(2)), sizes=())", [Rule(Pair(First(), Pair(First(2), FC(2)), sizes=()))]),
@@ -161,7 +169,7 @@ def raises(marked: str, *parts: str, **options: Any) -> None:
         ("  ▸;", ("expected a strategy, found ';'",)),
         ("CL(4);▸;", ("expected a strategy, found ';'",)),
         ("CL(4)+▸", ("expected a strategy, found the end",)),
-        ("FC(2); ▸CLL(4) on a", ("expected a strategy, found 'CLL'", "Did you mean 'CL'?", "Known are CK, CL, FC")),
+        ("FC(2); ▸CLL(4) on a", ("expected a strategy, found 'CLL'", "Did you mean 'CL'?", "Known are ACNet, CK")),
         ("▸cl(4)", ("Did you mean 'CL'?",)),
         ("▸4", ("expected a strategy, found '4'",)),
         ("▸Rule(CL(4))", ("expected a strategy, found 'Rule'", "classes=[...]")),
@@ -251,10 +259,10 @@ def test_an_error_points_at_the_character(text: str, parts: tuple[str, ...]) -> 
         ("First.then(FC(2), mode=▸'bad')", ("mode must not be bad",)),
         ("First▸.then()", ("then needs second",)),
         ("First▸.then", ("then needs second",)),
-        ("First(1).then(FC(2))▸.then(FC(2))", ("Pair has no method then",)),
+        ("CL(2).then(second=▸FC)", ("FC needs rate",)),
         ("First(1).then▸(FC(2)", ("expected ')', found the end",)),
         ("First(1).then(▸fc(2))", ("Did you mean 'FC'?",)),
-        ("CL(2)▸.then(FC(2))", ("CL has no method then",)),
+        ("CL(2).then(▸3)", ("then: expected a strategy",)),
     ],
 )
 def test_an_error_of_a_strategy_of_the_users_points_at_the_character(text: str, parts: tuple[str, ...]) -> None:
@@ -337,10 +345,16 @@ STRATEGIES = st.recursive(
         st.builds(CL, RATES, keep_input=st.booleans()),
         st.builds(CK, RATES, keep_input=st.booleans()),
         st.builds(FC, RATES, depth=st.integers(2, 9)),
-        st.builds(First, RATES),
+        st.builds(Mine, RATES),
+        st.builds(DiverseBranch, batch_norm=st.booleans()),
+        st.builds(RepVGG, identity=st.none() | st.booleans()),
+        st.builds(LowRank, st.integers(1, 9)),
     ),
-    lambda inner: st.builds(
-        Pair, inner, inner, sizes=st.lists(st.integers(-9, 9), max_size=3).map(tuple), mode=st.none() | NAMES
+    lambda inner: st.one_of(
+        st.builds(
+            Pair, inner, inner, sizes=st.lists(st.integers(-9, 9), max_size=3).map(tuple), mode=st.none() | NAMES
+        ),
+        st.builds(Then, inner, inner),
     ),
     max_leaves=4,
 )

@@ -24,7 +24,7 @@ from fxexpand import CK, CL, FC, ExpansionError, Rule, RuleError, expand, layer,
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.site import Site
-from fxexpand.strategies import Strategy
+from fxexpand.strategies import ACNet, DiverseBranch, Orepa, RepVGG, Strategy
 from fxexpand.testing import Case, Functional, Residual, UserConv, networks
 from fxexpand.version import library_version
 
@@ -173,6 +173,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
     ),
     "a class of the user's": (lambda: nn.Sequential(UserConv(4, 4, 3, bias=False)), lambda m: expand(m, CL(2))),
     "strategies of the user's": (net, lambda m: expand(m, [Around(Around(Inner(2)), ("a'", "b")), Inner(3), FC(2)])),
+    "branches": (net, lambda m: expand(m, [ACNet(), FC(2)])),
+    "branches with batch norm": (net, lambda m: expand(m, Rule(RepVGG(batch_norm=True, identity=False), layer("0")))),
+    "branches of branches": (net, lambda m: expand(m, DiverseBranch().then(ACNet()))),
+    "learnt scales": (net, lambda m: expand(m, Orepa())),
+    "one after another": (net, lambda m: expand(m, [CL(4).then(ACNet()).then(CL(1)), FC(2).then(FC(1))])),
+    "padding, then branches": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same", padding_mode="reflect")),
+        lambda m: expand(m, ACNet().then(CL(2))),
+    ),
     "under two names": (lambda: Residual(nn.Conv2d(4, 4, 3, padding=1), times=2), lambda m: expand(m, CL(2))),
     "odd names": (Odd, lambda m: expand(m, FC(2))),
     "calls, expanded one by one": (
@@ -204,7 +213,11 @@ def test_it_rebuilds(name: str) -> None:
     assert manifest(by_rules)["rules"][-1:] == manifest(big)["rules"][-1:] or name.startswith("calls")
 
 
-@given(networks(), st.sampled_from([CL(2), CK(4), CL(1.5, keep_input=True)]), st.booleans())
+@given(
+    networks(),
+    st.sampled_from([CL(2), CK(4), CL(1.5, keep_input=True), ACNet().then(CL(2))]),
+    st.booleans(),
+)
 def test_it_rebuilds_any_network(case: Case, strategy: Strategy, twice: bool) -> None:
     model = case.module
     big = expand(model, [strategy, FC(2)], init="standard")

@@ -15,6 +15,7 @@ from torch import nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
+from fxexpand.graph.structure import Sum
 from fxexpand.strategies import Strategy
 from fxexpand.testing.case import Case
 from fxexpand.testing.check_model import check_model
@@ -94,10 +95,14 @@ class _Watched(Strategy):
     def __init__(self, inner: Strategy) -> None:
         vars(self).update(inner=inner, refusals=[], dims=inner.dims, asked=False)  # it is frozen
 
+    @property
+    def stages(self) -> tuple[Strategy, ...]:
+        return self, *self.inner.stages[1:]
+
     def reaches(self, site: Site) -> bool:
         return self.inner.reaches(site)
 
-    def layers(self, site: Site) -> Mapping[str, nn.Module] | Refusal:
+    def layers(self, site: Site) -> Mapping[str, nn.Module] | Sum | Refusal:
         vars(self)["asked"] = True
         return self._noted(self.inner.layers(site))
 

@@ -1,0 +1,239 @@
+"""The one layer that a structure of layers makes up: planned once, and made of the layers' weights as they are then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.algebra.affine import Affine, Border, identity, in_series, in_sum
+from fxexpand.algebra.channelwise import averaging, normalizing
+from fxexpand.algebra.combine import add
+from fxexpand.algebra.composition import Composition, composed
+from fxexpand.algebra.kernel import Ints, Kernel
+from fxexpand.algebra.order import Order, cheapest_order
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.algebra.step_cost import StepCost, applied_step, composed_step
+from fxexpand.graph.geometry import DIMS, spread
+from fxexpand.graph.layers import has_hooks, peculiarity
+from fxexpand.graph.lift import lift_padded, padding_of
+from fxexpand.graph.structure import Series, Sum
+
+Path: TypeAlias = tuple[str, ...]
+Cast: TypeAlias = Callable[[Any], Any]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A module, its map without numbers, and the one number that its weight holds where it has no tensors.
+
+    ``bare``: that number is 1, and the map is padding at most.
+    """
+
+    path: Path
+    like: Affine
+    fill: float | None = None
+    bare: bool = False
+
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel:
+        """The map of the module as it is now; padding of another mode than zeros is left out.
+
+        ``cast`` is what becomes of its tensors first. ``beside`` tells dtype and device where it has none; a parameter
+        of ``root`` by default.
+        """
+        module = at(root, self.path)
+        like = self.like.kernel
+        if self.fill is not None:
+            beside = cast(next(root.parameters())) if beside is None else beside
+            return like.over(torch.full(like.weight.shape, self.fill, dtype=beside.dtype, device=beside.device), None)
+        if isinstance(module, _NORMS):
+            mean, var, weight, bias = map(cast, (module.running_mean, module.running_var, module.weight, module.bias))
+            scale, shift = normalizing(mean, var, weight, bias, module.eps)
+            return like.over(scale.reshape(like.weight.shape), shift)
+        return like.over(cast(module.weight), cast(module.bias))
+
+    def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+        """What a training step costs: applying it to ``batch`` signals of spatial size ``size``, and composing it."""
+        return StepCost() if self.bare else applied_step(self.like, size, batch), StepCost()
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Parts one after another. ``order`` is how those that are no bare padding are composed."""
+
+    like: Affine
+    parts: tuple[Assembly, ...]
+    composed: tuple[Assembly, ...]
+    order: Order
+    how: Composition | None
+
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
+        kernels: list[Kernel] = []
+        for part in self.composed:
+            found = part.kernel(root, cast, beside)
+            if isinstance(found, Refusal):
+                return found
+            kernels.append(found)
+        numbers = composed(self.order, self.how, kernels)
+        return numbers if isinstance(numbers, Refusal) else self.like.kernel.over(*numbers)
+
+    def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+        explicit, composing = StepCost(), composed_step(self.order, [part.like.kernel for part in self.composed])
+        for part in self.parts:
+            own, inner = part.steps(size, batch)
+            explicit, composing = explicit + own, composing + inner
+            size = part.like.output_size(size)
+        return explicit, composing
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """Branches side by side."""
+
+    like: Affine
+    parts: tuple[Assembly, ...]
+
+    def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
+        return reduce(_added, (part.kernel(root, cast, beside) for part in self.parts))
+
+    def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
+        branches, weight = len(self.parts), self.like.kernel.weight.numel()
+        outputs = self.like.kernel.out_channels * prod(self.like.output_size(size)) * batch
+        explicit = StepCost(0, (branches - 1) * outputs, 0, branches - 1)
+        composing = StepCost(0, 0, 2 * branches * weight, 3 * branches)  # laid out alike and added, and back
+        for part in self.parts:
+            own, inner = part.steps(size, batch)
+            explicit, composing = explicit + own, composing + inner
+        return explicit, composing
+
+
+Assembly: TypeAlias = "Leaf | Chain | Total"
+
+
+def at(root: nn.Module, path: Path) -> Any:
+    """The module at ``path``, as it is now."""
+    module: Any = root
+    for name in path:
+        module = module._modules[name]
+    return module
+
+
+def assembly_of(root: nn.Module, channels: int, dims: int) -> Assembly | Refusal:
+    """What ``root``, made of Series, Sum and layers, makes up for a signal of ``channels`` and ``dims`` axes.
+
+    Or why that is no one layer.
+    """
+    return _planned(root, (), channels, dims)
+
+
+def _planned(module: nn.Module, path: Path, channels: int, dims: int) -> Assembly | Refusal:
+    inside = bool(path) and isinstance(module, (Series, Sum))
+    if inside and has_hooks(module):
+        return Refusal("it has hooks, which would be lost; remove them first", ".".join(path))
+    if isinstance(module, Series):
+        return _chain(module, path, channels, dims)
+    if isinstance(module, Sum):
+        return _total(module, path, channels, dims)
+    found = _leaf(module, path, channels, dims)
+    return found.at(".".join(path)) if isinstance(found, Refusal) else found
+
+
+def _chain(module: Series, path: Path, channels: int, dims: int) -> Assembly | Refusal:
+    parts: list[Assembly] = []
+    like: Affine | None = None
+    for name, child in module._modules.items():
+        part = _planned(child, (*path, name), channels, dims)
+        if isinstance(part, Refusal):
+            return part
+        whole = part.like if like is None else in_series(like, part.like)
+        if isinstance(whole, Refusal):
+            return whole
+        like, channels = whole, whole.kernel.out_channels
+        parts.append(part)
+    if like is None:
+        return Refusal("it holds no layer")
+    kept = [part for part in parts if not (isinstance(part, Leaf) and part.bare)] or parts[:1]
+    kernels = [part.like.kernel for part in kept]
+    order = cheapest_order(kernels)
+    if isinstance(order, Refusal):
+        return order
+    return Chain(like, tuple(parts), tuple(kept), order, Composition.of(order, kernels))
+
+
+def _total(module: Sum, path: Path, channels: int, dims: int) -> Assembly | Refusal:
+    parts: list[Assembly] = []
+    like: Affine | None = None
+    for name, child in module._modules.items():
+        part = _planned(child, (*path, name), channels, dims)
+        if isinstance(part, Refusal):
+            return part
+        whole = part.like if like is None else in_sum(like, part.like)
+        if isinstance(whole, Refusal):
+            return whole.at(".".join((*path, name)))
+        like = whole
+        parts.append(part)
+    return Refusal("it holds no branch") if like is None else Total(like, tuple(parts))
+
+
+def _leaf(module: nn.Module, path: Path, channels: int, dims: int) -> Leaf | Refusal:
+    if isinstance(module, tuple(DIMS)):
+        return _layer(module, path)
+    if has_hooks(module):
+        return Refusal("it has hooks, which would be lost; remove them first")
+    neutral = identity(dims, channels).to(device="meta").kernel  # float64, as all sketches are
+    padding = padding_of(module)
+    if padding is not None:
+        mode, sides = padding
+        own = replace(neutral, padding=sides) if mode == "zeros" else neutral
+        return Leaf(path, Affine(own, None if mode == "zeros" else Border(mode, sides)), 1.0, bare=True)
+    if type(module) is nn.Identity:
+        return Leaf(path, Affine(neutral), 1.0, bare=True)
+    if type(module) in _NORMS:
+        return _norm(cast(nn.BatchNorm2d, module), path, neutral)
+    if type(module) in _POOLS:
+        return _pool(module, path, channels, dims)
+    return Refusal(f"{type(module).__name__} is no convolution or linear layer")
+
+
+def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
+    lifted = lift_padded(module)
+    if isinstance(lifted, Refusal):
+        return lifted
+    refusal = peculiarity(module)
+    if refusal is not None:
+        return refusal
+    kernel, mode, sides = lifted
+    border = None if mode == "zeros" else Border(mode, sides)
+    return Leaf(path, Affine(kernel.detach().to(dtype=torch.float64, device="meta"), border))
+
+
+def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel) -> Leaf | Refusal:
+    if norm.running_mean is None or norm.running_var is None:
+        return Refusal("it keeps no running statistics: it normalises each batch by its own")
+    if norm.training:
+        return Refusal("batch norm in training mode; call model.eval() first")
+    shift = torch.empty(norm.num_features, dtype=torch.float64, device="meta")
+    if norm.num_features != neutral.out_channels:
+        return Refusal(f"it normalises {norm.num_features} channels, found {neutral.out_channels}")
+    return Leaf(path, Affine(neutral.over(neutral.weight, shift)))
+
+
+def _pool(pool: Any, path: Path, channels: int, dims: int) -> Leaf | Refusal:
+    window, stride = spread(pool.kernel_size, dims), spread(pool.stride, dims)
+    if any(spread(pool.padding, dims)) or pool.ceil_mode or getattr(pool, "divisor_override", None):
+        return Refusal("it pads, rounds up or has a divisor of its own; expected a plain average pool")
+    return Leaf(path, Affine(averaging(channels, window, stride, dtype=torch.float64, device="meta")), 1 / prod(window))
+
+
+def _added(a: Kernel | Refusal, b: Kernel | Refusal) -> Kernel | Refusal:
+    if isinstance(a, Refusal) or isinstance(b, Refusal):
+        return a if isinstance(a, Refusal) else b
+    return add(a, b)
