@@ -19,7 +19,7 @@ from fxexpand.graph.geometry import DIMS
 from fxexpand.graph.lift import memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
-from fxexpand.graph.structure import Series, Sum, leaves
+from fxexpand.graph.structure import Series, Sum, entrances, leaves
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
@@ -151,8 +151,9 @@ def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
 
 def _expand_again(site: Site, expanded: Expanded, strategy: Strategy) -> None:
     """Put expansions in the place of those layers of ``expanded`` that ``strategy`` reaches."""
+    entered = set(map(id, entrances(expanded))) if site.reads_input else set()
     inner = [
-        layer_site(layer, f"{site.path}.{path}".lstrip("."), expanded=True)
+        layer_site(layer, f"{site.path}.{path}".lstrip("."), reads_input=id(layer) in entered, expanded=True)
         for path, layer in leaves(expanded)
         if isinstance(layer, tuple(DIMS))
     ]

@@ -178,9 +178,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
     "branches of branches": (net, lambda m: expand(m, DiverseBranch().then(ACNet()))),
     "learnt scales": (net, lambda m: expand(m, Orepa())),
     "one after another": (net, lambda m: expand(m, [CL(4).then(ACNet()).then(CL(1)), FC(2).then(FC(1))])),
+    "one after another, keep_input": (
+        net,
+        lambda m: expand(m, CK(4).then(CL(2, keep_input=True))),
+    ),
+    "branches, then keep_input": (net, lambda m: expand(m, ACNet().then(CL(2, keep_input=True)))),
     "padding, then branches": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same", padding_mode="reflect")),
-        lambda m: expand(m, ACNet().then(CL(2))),
+        lambda m: expand(m, ACNet().then(CL(2, keep_input=True))),
     ),
     "under two names": (lambda: Residual(nn.Conv2d(4, 4, 3, padding=1), times=2), lambda m: expand(m, CL(2))),
     "odd names": (Odd, lambda m: expand(m, FC(2))),
@@ -215,7 +220,7 @@ def test_it_rebuilds(name: str) -> None:
 
 @given(
     networks(),
-    st.sampled_from([CL(2), CK(4), CL(1.5, keep_input=True), ACNet().then(CL(2))]),
+    st.sampled_from([CL(2), CK(4), CL(1.5, keep_input=True), ACNet().then(CL(2, keep_input=True))]),
     st.booleans(),
 )
 def test_it_rebuilds_any_network(case: Case, strategy: Strategy, twice: bool) -> None:
