@@ -145,7 +145,7 @@ class Reader(Scanner):
         while not self.take(r"\)"):
             self._open(at)
             place = self.here()
-            keyword = self.peek(rf"{_NAME}\s*=").rstrip("= \t\n")
+            keyword = self.peek(rf"{_NAME}\s*=").rstrip("=").rstrip()
             if keyword in named:
                 raise self.error(f"expected each argument once, found {keyword} again.", place)
             if keyword:

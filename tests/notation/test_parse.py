@@ -76,6 +76,7 @@ OWN = (Pair, First, Mine, Own)
         ("CL(rate=4); FC(0.5, depth=3);", [Rule(CL(4)), Rule(FC(0.5, depth=3))]),
         ("CK( rate = 4 ,\n  keep_input = True , )", [Rule(CK(4, keep_input=True))]),
         ("CL(4) on features.*", [Rule(CL(4), layer("features.*"))]),
+        ("CL(rate\u00a0\r\n= 4)", [Rule(CL(4))]),
         ("CL(4)on 'features.*'", [Rule(CL(4), layer("features.*"))]),
         (
             "CK(4)+FC(2) on classifier.*; CL(4) on features.*",
