@@ -2,6 +2,8 @@
 
 from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
 from fxexpand.graph.trace import trace
+from fxexpand.optim.effective_decay import effective_decay
+from fxexpand.optim.parameter_groups import parameter_groups
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
@@ -24,10 +26,12 @@ __all__ = [
     "VerificationError",
     "collapse",
     "contract",
+    "effective_decay",
     "expand",
     "explain",
     "fuse",
     "layer",
+    "parameter_groups",
     "summary",
     "trace",
     "uncollapse",
