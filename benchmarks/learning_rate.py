@@ -180,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.append(row)
         print(_error_line(row), flush=True)
     if given.json:
-        found = {"machine": machine(), "settings": vars(settings), "steps": steps, "errors": errors}
+        used = ("seeds", "epochs", "train_size", "kernel_size", "batch_size", "momentum")
+        setting = {name: getattr(settings, name) for name in used} | {"base rates": BASES}
+        found = {"machine": machine(), "settings": setting, "steps": steps, "errors": errors}
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

@@ -84,7 +84,7 @@ class Collapsed(Expanded):
         if isinstance(numbers, Refusal):
             return self._in_turn(input)
         if not is_followed():
-            self._memory.keep(*numbers, self._sources())
+            self._memory.keep(numbers[0], self._sources())
         return self._like.over(*numbers).apply(input)
 
     def weight_of_step(self) -> Tensor | Refusal:

@@ -38,19 +38,14 @@ class KernelMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         return KernelMemory, ()
 
-    def keep(self, weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor]) -> None:
-        """Remember ``weight``, composed of ``sources`` together with ``bias``, if it has a graph of its own.
-
-        Forgets what was kept before, in any case.
-        """
+    def keep(self, weight: Tensor, sources: Sequence[Tensor]) -> None:
+        """Remember ``weight``, composed of ``sources``, if it has a graph of its own; forget what was kept before."""
         self._kept = None
         if not (_has_plain_graph(weight) and sources):
             return
         kept = _Kept(weight, tuple(map(_mark, sources)), threading.get_ident())
-        forget = _forgetting(weakref.ref(self), weakref.ref(kept))
-        for tensor in (weight, bias):  # they share the steps before: passing back through either frees those
-            if tensor is not None and tensor.grad_fn is not None:
-                tensor.register_hook(forget)
+        # A backward pass that frees what is before the weight comes by it: the layer's output depends on the weight.
+        weight.register_hook(_forgetting(weakref.ref(self), weakref.ref(kept)))
         self._kept = kept
 
     def take(self, sources: Sequence[Tensor]) -> Tensor | None:
@@ -73,7 +68,7 @@ class KernelMemory:
 
 
 def _forgetting(memory: weakref.ref[KernelMemory], kept: weakref.ref[_Kept]) -> Any:
-    """A hook for the tensors of ``kept``; it holds neither, so that they are freed without the cycle collector."""
+    """A hook for the weight of ``kept``; it holds neither, so that they are freed without the cycle collector."""
 
     def forget(_: Tensor) -> None:
         found = memory()
