@@ -469,7 +469,8 @@ def test_forward_mode() -> None:
 def test_fake_tensors() -> None:
     model = collapsed()
     with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(parameter) for name, parameter in WithPenalty(model).named_parameters()}
+        named = WithPenalty(model).named_parameters()
+        fake: dict[str, Tensor] = {name: mode.from_tensor(parameter) for name, parameter in named}
         out = torch.func.functional_call(WithPenalty(model), fake, (mode.from_tensor(images()),))
     assert out.shape == ()
 
