@@ -298,8 +298,7 @@ def other_parameter_in_its_memory(model: nn.Module) -> None:
 
 
 def without_bias(model: nn.Module) -> None:
-    in_place(model)
-    model.get_submodule("0.kernel").register_parameter("bias", None)
+    model.get_submodule("0.reduce").register_parameter("bias", None)
 
 
 def other_layer(model: nn.Module) -> None:
@@ -321,7 +320,7 @@ def test_a_weight_that_changed_is_composed_anew(change: Callable[[nn.Module], ob
     change(model)
     found = effective_decay(model)
     assert torch.allclose(found, effective_decay(uncollapse(model)), rtol=1e-5 if change is nn.Module.float else 1e-12)
-    assert change is nn.Module.float or abs(found - before) > 1e-3
+    assert change in (nn.Module.float, without_bias) or abs(found - before) > 1e-3
     model.zero_grad()
     found.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("weight"))
@@ -492,6 +491,7 @@ def test_replicas_leave_the_model_alone() -> None:
 def test_compiled_together_with_the_loss_it_is_one_graph() -> None:
     model, x = collapsed(), images()
     whole: Any = torch.compile(WithPenalty(model), fullgraph=True, backend="aot_eager")
+    model(x)  # what this leaves behind is no part of the graph
     assert_close(gradients(model, lambda: whole(x).backward()), expected(model, x))
     half: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(gradients(model, (loss(half, x) + DECAY * effective_decay(half)).backward), expected(model, x))
