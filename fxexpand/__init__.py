@@ -4,6 +4,8 @@ from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, Rul
 from fxexpand.filters import layer
 from fxexpand.graph.trace import trace
 from fxexpand.notation import parse_rules
+from fxexpand.optim.effective_decay import effective_decay
+from fxexpand.optim.parameter_groups import parameter_groups
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.expand import expand
@@ -34,11 +36,13 @@ __all__ = [
     "VerificationError",
     "collapse",
     "contract",
+    "effective_decay",
     "expand",
     "explain",
     "fuse",
     "layer",
     "manifest",
+    "parameter_groups",
     "parse_rules",
     "summary",
     "trace",

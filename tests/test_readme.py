@@ -29,7 +29,10 @@ def test_its_code_runs(
     names: dict[str, Any] = {}
     exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
-    if "collapse(" in block:
+    if "effective_decay(" in block:
+        penalty, compact = map(float, printed.split())
+        assert abs(penalty - compact) < 1e-5 * compact
+    elif "collapse(" in block:
         assert float(printed) < 1e-5
     elif "contract(" in block:
         assert float(printed.split()[0]) < 1e-4

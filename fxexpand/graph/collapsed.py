@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
-from fxexpand.algebra.composition import exact_products
+from fxexpand.algebra.composition import exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step
 from fxexpand.graph.assembly import Assembly, Path, at
 from fxexpand.graph.expanded import Expanded, ExpandedChain, ExpandedSum
 from fxexpand.graph.fingerprint import Fingerprint
+from fxexpand.graph.memory import KernelMemory
 
 
 class Collapsed(Expanded):
@@ -21,15 +22,18 @@ class Collapsed(Expanded):
         y = reduce(kernel(expand(x)))  becomes  y = (reduce ∘ kernel ∘ expand)(x)
 
     The same children, parameters and ``state_dict`` keys, the same gradients, and no wide activations. It composes in
-    the dtype of the parameters, also under autocast, and never keeps the result: weights may change in ways that no
-    version counter sees. When a layer is not as it was (it has hooks, is another one, or is batch norm in training
-    mode) all run in turn. Hooks for all modules there are see this one, not its layers: counters of operations are such
-    hooks.
+    the dtype of the parameters, also under autocast, and never uses a result again in a forward: weights may change in
+    ways that no version counter sees. When a layer is not as it was (it has hooks, is another one, or is batch norm in
+    training mode) all run in turn. Hooks for all modules there are see this one, not its layers: counters of operations
+    are such hooks.
+
+    The weight of the last forward can be had once, for the penalty that belongs to the same training step.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         _assembly: Assembly
         _expected: tuple[tuple[Path, Fingerprint], ...]
+        _memory: KernelMemory
 
     @staticmethod
     def adopt(expanded: Expanded, assembly: Assembly) -> None:
@@ -39,6 +43,7 @@ class Collapsed(Expanded):
         state: dict[str, Any] = vars(expanded)
         state["_assembly"] = assembly
         state["_expected"] = tuple((tuple(path.split(".")), Fingerprint.of(module)) for path, module in inside)
+        state["_memory"] = KernelMemory()
 
     @staticmethod
     def step_costs(assembly: Assembly, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
@@ -49,22 +54,46 @@ class Collapsed(Expanded):
 
     def release(self) -> None:
         """Make it run layer by layer again."""
-        for name in ("_assembly", "_expected"):
+        for name in ("_assembly", "_expected", "_memory"):
             del vars(self)[name]
         self.__class__ = ExpandedSum if isinstance(self, ExpandedSum) else ExpandedChain  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
-        traced = isinstance(cast(object, input), fx.Proxy)
-        if traced or not all(expected.matches(at(self, path)) for path, expected in self._expected):
+        if isinstance(cast(object, input), fx.Proxy) or not self._is_as_it_was():
             return self._in_turn(input)
         with exact_products(input.device.type):
             kernel = self._composed()
         if isinstance(kernel, Refusal):
             return self._in_turn(input)
+        if not is_followed():
+            self._memory.keep(kernel.weight, self._sources())
         return self._assembly.like.over(kernel.weight, kernel.bias).apply(input)
 
+    def weight_of_step(self) -> Tensor | Refusal:
+        """The weight of the one layer, (n, m / groups, *k): the last forward's if it still holds, else composed now.
+
+        The last forward's comes with that forward's graph, and is given once: who asks again gets one of their own.
+        """
+        kept = None if is_followed() else self._memory.take(self._sources())
+        if kept is not None:
+            return kept
+        with exact_products(next(self.parameters()).device.type):
+            whole = self._composed() if self._is_as_it_was() else self.as_kernel()
+        return whole if isinstance(whole, Refusal) else whole.weight
+
+    def _is_as_it_was(self) -> bool:
+        return all(expected.matches(at(self, path)) for path, expected in self._expected)
+
+    def _sources(self) -> list[Tensor]:
+        """The tensors that the weight depends on, and those that the bias does."""
+        modules = [at(self, path) for path, _ in self._expected]
+        held = [[*module._parameters.values(), *module._buffers.values()] for module in modules]
+        return [tensor for tensors in held for tensor in tensors if tensor is not None]
+
     def _in_turn(self, x: Tensor) -> Tensor:
+        if not is_followed():
+            self._memory.forget()
         found: Tensor = super().forward(x)
         return found
 

@@ -1,0 +1,1 @@
+"""What optimisers are told about a model, and regularisation of what its expansions stand for."""
