@@ -128,81 +128,83 @@ def at(root: nn.Module, path: Path) -> Any:
     return module
 
 
-def assembly_of(root: nn.Module, channels: int, dims: int) -> Assembly | Refusal:
+def assembly_of(root: nn.Module, channels: int, dims: int, *, running: bool = False) -> Assembly | Refusal:
     """What ``root``, made of Series, Sum and layers, makes up for a signal of ``channels`` and ``dims`` axes.
 
-    Or why that is no one layer.
+    Or why that is no one layer. ``running``: batch norm counts as it does in eval mode, whatever mode it is in.
     """
-    return _planned(root, (), channels, dims)
+    return _Planner(dims, running).planned(root, (), channels)
 
 
-def _planned(module: nn.Module, path: Path, channels: int, dims: int) -> Assembly | Refusal:
-    inside = bool(path) and isinstance(module, (Series, Sum))
-    if inside and has_hooks(module):
-        return Refusal("it has hooks, which would be lost; remove them first", ".".join(path))
-    if isinstance(module, Series):
-        return _chain(module, path, channels, dims)
-    if isinstance(module, Sum):
-        return _total(module, path, channels, dims)
-    found = _leaf(module, path, channels, dims)
-    return found.at(".".join(path)) if isinstance(found, Refusal) else found
+@dataclass(frozen=True)
+class _Planner:
+    dims: int
+    running: bool
 
+    def planned(self, module: nn.Module, path: Path, channels: int) -> Assembly | Refusal:
+        inside = bool(path) and isinstance(module, (Series, Sum))
+        if inside and has_hooks(module):
+            return Refusal("it has hooks, which would be lost; remove them first", ".".join(path))
+        if isinstance(module, Series):
+            return self._chain(module, path, channels)
+        if isinstance(module, Sum):
+            return self._total(module, path, channels)
+        found = self._leaf(module, path, channels)
+        return found.at(".".join(path)) if isinstance(found, Refusal) else found
 
-def _chain(module: Series, path: Path, channels: int, dims: int) -> Assembly | Refusal:
-    parts: list[Assembly] = []
-    like: Affine | None = None
-    for name, child in module._modules.items():
-        part = _planned(child, (*path, name), channels, dims)
-        if isinstance(part, Refusal):
-            return part
-        whole = part.like if like is None else in_series(like, part.like)
-        if isinstance(whole, Refusal):
-            return whole
-        like, channels = whole, whole.kernel.out_channels
-        parts.append(part)
-    if like is None:
-        return Refusal("it holds no layer")
-    kept = [part for part in parts if not (isinstance(part, Leaf) and part.bare)] or parts[:1]
-    kernels = [part.like.kernel for part in kept]
-    order = cheapest_order(kernels)
-    if isinstance(order, Refusal):
-        return order
-    return Chain(like, tuple(parts), tuple(kept), order, Composition.of(order, kernels))
+    def _chain(self, module: Series, path: Path, channels: int) -> Assembly | Refusal:
+        parts: list[Assembly] = []
+        like: Affine | None = None
+        for name, child in module._modules.items():
+            part = self.planned(child, (*path, name), channels)
+            if isinstance(part, Refusal):
+                return part
+            whole = part.like if like is None else in_series(like, part.like)
+            if isinstance(whole, Refusal):
+                return whole
+            like, channels = whole, whole.kernel.out_channels
+            parts.append(part)
+        if like is None:
+            return Refusal("it holds no layer")
+        kept = [part for part in parts if not (isinstance(part, Leaf) and part.bare)] or parts[:1]
+        kernels = [part.like.kernel for part in kept]
+        order = cheapest_order(kernels)
+        if isinstance(order, Refusal):
+            return order
+        return Chain(like, tuple(parts), tuple(kept), order, Composition.of(order, kernels))
 
+    def _total(self, module: Sum, path: Path, channels: int) -> Assembly | Refusal:
+        parts: list[Assembly] = []
+        like: Affine | None = None
+        for name, child in module._modules.items():
+            part = self.planned(child, (*path, name), channels)
+            if isinstance(part, Refusal):
+                return part
+            whole = part.like if like is None else in_sum(like, part.like)
+            if isinstance(whole, Refusal):
+                return whole.at(".".join((*path, name)))
+            like = whole
+            parts.append(part)
+        return Refusal("it holds no branch") if like is None else Total(like, tuple(parts))
 
-def _total(module: Sum, path: Path, channels: int, dims: int) -> Assembly | Refusal:
-    parts: list[Assembly] = []
-    like: Affine | None = None
-    for name, child in module._modules.items():
-        part = _planned(child, (*path, name), channels, dims)
-        if isinstance(part, Refusal):
-            return part
-        whole = part.like if like is None else in_sum(like, part.like)
-        if isinstance(whole, Refusal):
-            return whole.at(".".join((*path, name)))
-        like = whole
-        parts.append(part)
-    return Refusal("it holds no branch") if like is None else Total(like, tuple(parts))
-
-
-def _leaf(module: nn.Module, path: Path, channels: int, dims: int) -> Leaf | Refusal:
-    if isinstance(module, tuple(DIMS)):
-        return _layer(module, path)
-    if has_hooks(module):
-        return Refusal("it has hooks, which would be lost; remove them first")
-    neutral = identity(dims, channels).to(device="meta").kernel  # float64, as all sketches are
-    padding = padding_of(module)
-    if padding is not None:
-        mode, sides = padding
-        own = replace(neutral, padding=sides) if mode == "zeros" else neutral
-        return Leaf(path, Affine(own, None if mode == "zeros" else Border(mode, sides)), 1.0, bare=True)
-    if type(module) is nn.Identity:
-        return Leaf(path, Affine(neutral), 1.0, bare=True)
-    if type(module) in _NORMS:
-        return _norm(cast(nn.BatchNorm2d, module), path, neutral)
-    if type(module) in _POOLS:
-        return _pool(module, path, channels, dims)
-    return Refusal(f"{type(module).__name__} is no convolution or linear layer")
+    def _leaf(self, module: nn.Module, path: Path, channels: int) -> Leaf | Refusal:
+        if isinstance(module, tuple(DIMS)):
+            return _layer(module, path)
+        if has_hooks(module):
+            return Refusal("it has hooks, which would be lost; remove them first")
+        neutral = identity(self.dims, channels).to(device="meta").kernel  # float64, as all sketches are
+        padding = padding_of(module)
+        if padding is not None:
+            mode, sides = padding
+            own = replace(neutral, padding=sides) if mode == "zeros" else neutral
+            return Leaf(path, Affine(own, None if mode == "zeros" else Border(mode, sides)), 1.0, bare=True)
+        if type(module) is nn.Identity:
+            return Leaf(path, Affine(neutral), 1.0, bare=True)
+        if type(module) in _NORMS:
+            return _norm(cast(nn.BatchNorm2d, module), path, neutral, running=self.running)
+        if type(module) in _POOLS:
+            return _pool(module, path, channels, self.dims)
+        return Refusal(f"{type(module).__name__} is no convolution or linear layer")
 
 
 def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
@@ -217,10 +219,10 @@ def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
     return Leaf(path, Affine(kernel.detach().to(dtype=torch.float64, device="meta"), border))
 
 
-def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel) -> Leaf | Refusal:
+def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel, *, running: bool) -> Leaf | Refusal:
     if norm.running_mean is None or norm.running_var is None:
         return Refusal("it keeps no running statistics: it normalises each batch by its own")
-    if norm.training:
+    if norm.training and not running:
         return Refusal(TRAINING)
     shift = torch.empty(norm.num_features, dtype=torch.float64, device="meta")
     if norm.num_features != neutral.out_channels:

@@ -79,7 +79,7 @@ class Collapsed(Expanded):
         if kept is not None:
             return kept
         with exact_products(next(self.parameters()).device.type):
-            whole = self._composed() if self._is_as_it_was() else self.as_kernel()
+            whole = self._composed() if self._is_as_it_was() else self.as_kernel(running=True)
         return whole if isinstance(whole, Refusal) else whole.weight
 
     def _is_as_it_was(self) -> bool:

@@ -99,9 +99,12 @@ class Expanded(nn.Module):
         """The bias of the one layer that these are: (n,), or None."""
         return self._kernel().bias
 
-    def assembly(self) -> Assembly | Refusal:
-        """How the layers make up one layer with the hyperparameters of the old one, or why they do not."""
-        found = assembly_of(self, self.origin.geometry.in_channels, self.origin.geometry.dims)
+    def assembly(self, *, running: bool = False) -> Assembly | Refusal:
+        """How the layers make up one layer with the hyperparameters of the old one, or why they do not.
+
+        ``running``: batch norm counts as it does in eval mode, whatever mode it is in.
+        """
+        found = assembly_of(self, self.origin.geometry.in_channels, self.origin.geometry.dims, running=running)
         if isinstance(found, Refusal):
             return found
         devices = sorted({str(parameter.device) for parameter in self.parameters()})
@@ -109,20 +112,21 @@ class Expanded(nn.Module):
             return Refusal(f"its layers are on {len(devices)} devices ({', '.join(devices)}), expected one")
         return self._unlike(found.like) or found
 
-    def as_kernel(self, dtype: torch.dtype | None = None) -> Kernel | Refusal:
+    def as_kernel(self, dtype: torch.dtype | None = None, *, running: bool = False) -> Kernel | Refusal:
         """The kernel that the layers make up, computed in ``dtype``, without the padding.
 
-        Refuses when the layers no longer form one layer with the hyperparameters of the old one.
+        Refuses when the layers no longer form one layer with the hyperparameters of the old one; so does batch norm in
+        training mode, unless its ``running`` statistics are asked for.
         """
-        whole = self.as_affine(dtype)
+        whole = self.as_affine(dtype, running=running)
         if isinstance(whole, Refusal):
             return whole
         geometry, (weight, bias) = self.origin.geometry, (whole.kernel.weight, whole.kernel.bias)
         return Kernel(weight, bias, geometry.stride, (), geometry.dilation, geometry.groups)
 
-    def as_affine(self, dtype: torch.dtype | None = None) -> Affine | Refusal:
+    def as_affine(self, dtype: torch.dtype | None = None, *, running: bool = False) -> Affine | Refusal:
         """The map that the layers make up, computed in ``dtype``, with its padding; refuses as ``as_kernel`` does."""
-        found = self.assembly()
+        found = self.assembly(running=running)
         if isinstance(found, Refusal):
             return found
         whole = found.kernel(self, lambda tensor: tensor if tensor is None or dtype is None else tensor.to(dtype))

@@ -41,10 +41,11 @@ def effective_decay(model: nn.Module) -> Tensor:
     The custom L2 of RepVGG (Ding et al. 2021, ``get_custom_L2`` in their code) is this penalty for a 3×3 and a 1×1
     branch with batch norm, but for three things: it takes the 3×3 kernel K₃ as it is, and only the centre point as
     batch norm scales it, (t₃·K₃ + t₁·K₁)² / (t₃² + t₁²); it takes the scales t for constants; and it leaves the
-    identity branch out. Here W is the whole kernel, as it will be deployed.
+    identity branch out. Here W is the whole kernel, as it will be deployed. Batch norm in branches scales them by its
+    running statistics, as ``contract`` will, also while it trains; as there, no gradient goes through the statistics.
 
-    Raises ``ExpansionError`` where an expansion is not one layer at the moment (batch norm in training mode inside,
-    hooks on its layers, other layers), or its layers stand outside of one, and for what is no module.
+    Raises ``ExpansionError`` where an expansion is not one layer at the moment (hooks on its layers, other layers), or
+    its layers stand outside of one, and for what is no module.
     """
     if not isinstance(model, nn.Module):
         found = type(model).__name__
@@ -74,7 +75,7 @@ def _weight(path: str, expanded: Expanded) -> Tensor:
         found = expanded.weight_of_step()
     else:
         with exact_products(next(expanded.parameters()).device.type):
-            whole = expanded.as_kernel()
+            whole = expanded.as_kernel(running=True)
         found = whole if isinstance(whole, Refusal) else whole.weight
     if isinstance(found, Refusal):
         raise ExpansionError(

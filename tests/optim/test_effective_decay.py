@@ -21,9 +21,24 @@ from torch.utils.checkpoint import checkpoint
 
 from drawing import random
 from expansions import Expansion, expansions
-from fxexpand import CK, CL, FC, ExpansionError, collapse, effective_decay, expand, parameter_groups, uncollapse
+from fxexpand import (
+    CK,
+    CL,
+    FC,
+    DiverseBranch,
+    ExpansionError,
+    RepVGG,
+    collapse,
+    contract,
+    effective_decay,
+    expand,
+    parameter_groups,
+    uncollapse,
+)
 from fxexpand.demo.smallnet import SmallNet
 from fxexpand.graph.expanded import Expanded
+from fxexpand.strategies import Strategy
+from fxexpand.testing import as_trained
 
 DECAY = 0.3  # as large as the loss, so that an error in it shows
 
@@ -538,3 +553,21 @@ def test_layers_that_stand_outside() -> None:
     model: Any = fx.Transformer(fx.symbolic_trace(expand(compact(), CL(2)))).transform()
     with pytest.raises(ExpansionError, match=r"effective_decay: 0.expand: expected the layers of an expansion"):
         effective_decay(model)
+
+
+# Batch norm in branches.
+
+
+@pytest.mark.parametrize("form", [lambda m: m, lambda m: collapse(m.eval()).train()])
+@pytest.mark.parametrize("strategy", [RepVGG(True), DiverseBranch(True)], ids=str)
+def test_batch_norm_that_trains_scales_the_branches_as_contracting_will(strategy: Strategy, form: Any) -> None:
+    model = form(as_trained(expand(compact(), strategy)).train())
+    x = images()
+    (loss(model, x) + DECAY * effective_decay(model)).backward()  # the forward moves the running statistics
+    found = effective_decay(model)
+    small = contract(copy.deepcopy(model).eval())
+    assert float(found) == pytest.approx(float(small.get_parameter("0.weight").square().sum()) / 2, rel=1e-12)
+    learned = [name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    assert {name.rpartition(".")[2] for name in learned} == {"weight", "bias"}
+    scales = [p for name, p in model.named_parameters() if "norm" in name and name.endswith("weight")]
+    assert all(bool(g.any()) for g in torch.autograd.grad(found, scales))
