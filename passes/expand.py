@@ -143,7 +143,11 @@ def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
     if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
         raise ExpansionError(f"{site}: {strategy}.layers() must give a mapping of names to modules, found {layers!r}.")
     given = cast("Mapping[str, nn.Module]", layers)
-    taken = [name for name in given if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin", "strategy")]
+    taken = [
+        name
+        for name in given
+        if "." in name or not name or hasattr(Expanded, name) or name in (PAD, "origin", "strategy")
+    ]
     if taken:
         raise ExpansionError(
             f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."

@@ -118,7 +118,7 @@ def plan_all(
 ) -> list[tuple[Reading, Plan]]:
     """A plan for each graph that runs when ``work`` does."""
     plans: list[tuple[Reading, Plan]] = []
-    reach = Reach(work)
+    reach = Reach(work, tuple(lifts or ()))
     for gm in reach.graphs:
         reading = Reading(gm, shapes, lifts or {}, made, reach)
         plans.append((reading, Planner(reading, always=when == "always").plan()))
