@@ -96,18 +96,22 @@ def opened(model: nn.Module, lifts: Lifts | None) -> nn.Module:
 
 
 def release_all(work: nn.Module) -> None:
-    """Make the collapsed regions of ``work`` explicit layers, in its graphs too."""
+    """Make the collapsed regions of ``work`` explicit layers, in its graphs too; those with hooks are called as before.
+
+    A hook that somebody has put on a collapsed expansion goes on running: graphs call the expansion as a whole.
+    """
     release_regions(work)
     collapsed = [module for module in work.modules() if isinstance(module, Collapsed)]
-    edits = [_opened(gm, node, module) for module in collapsed for gm in _graphs(work) for node in _calls(gm, module)]
+    bare = [module for module in collapsed if not has_hooks(module)]
+    edits = [_opened(gm, node, module) for module in bare for gm in _graphs(work) for node in _calls(gm, module)]
     for module in collapsed:
         module.release()
     rewrite(edits)
 
 
 def release_regions(work: nn.Module) -> None:
-    """The same for the regions that are no expansions."""
-    called = [(gm, node, found) for gm in _graphs(work) for node, found in regions_of(gm)]
+    """The same for the regions that are no expansions; with hooks they stay."""
+    called = [(gm, node, found) for gm in _graphs(work) for node, found in regions_of(gm) if not has_hooks(found)]
     rewrite(
         Edit(gm, (node,), (RecordStep(found.record, _held(node)),), source=_input(node)) for gm, node, found in called
     )
