@@ -6,10 +6,12 @@ import dis
 from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxexpand.graph.layers import has_hooks, is_opaque
+from fxexpand.graph.state import plain_attributes
 from fxexpand.graph.tree import submodule
 from fxexpand.graph.uses import running
 from fxexpand.regions.constants import memory_of, memory_read
@@ -81,12 +83,21 @@ def _written(graphs: list[fx.GraphModule], code: list[nn.Module]) -> frozenset[i
 def _changed_by(module: nn.Module) -> Iterable[Tensor | None]:
     """What calling ``module`` may change of its own: nobody has looked into foreign code, and hooks."""
     if is_foreign(module) or has_hooks(module):
-        return (*module._parameters.values(), *module._buffers.values())
+        own = (*module._parameters.values(), *module._buffers.values(), *plain_attributes(module).values())
+        return [tensor for value in own for tensor in _tensors_in(value)]
     if isinstance(module, nn.modules.batchnorm._NormBase):  # also normalises instances
         return module._buffers.values() if module.training else ()
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
         return (module.weight,)
     return ()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _functions(module: nn.Module) -> Iterator[CodeType]:

@@ -155,6 +155,61 @@ def test_what_changes_is_no_constant(run: Callable[[Any, Tensor], Any], change: 
     keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(3)))
 
 
+class ShrinksWhatAListHolds(nn.Module):
+    """No graph stands for it; its layers are a graph of their own, of which it holds a weight in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.held = [self.body.get_parameter("0.weight")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        with torch.no_grad():
+            self.held[0].mul_(0.5)
+        y: Tensor = self.body(x)
+        return y
+
+
+@pytest.mark.parametrize("change", [PASSES["fuse"], PASSES["fuse, with inputs"]])
+def test_a_weight_that_a_list_holds_is_changed_in_the_result_alone(change: Callable[..., nn.Module]) -> None:
+    model = as_trained(ShrinksWhatAListHolds().double()).eval()
+    keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(2)))
+    made: Any = change(model, torch.randn(2, 4, 6, 6, dtype=DOUBLE))
+    assert made.held[0] is made.body.get_parameter("0.weight")
+
+
+class CountsInTwoGraphs(nn.Module):
+    """No graph stands for it; one of the two in it changes a buffer that the other one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Layers(counts), Layers(reads_the_count)
+        self.second.gain = self.first.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        y: Tensor = self.second(self.first(x))
+        return y
+
+
+def counts(m: Any, x: Tensor) -> Any:
+    m.gain.add_(1)
+    return m.a(x)
+
+
+def reads_the_count(m: Any, x: Tensor) -> Any:
+    return m.norm(m.a(x)) * m.gain
+
+
+@pytest.mark.parametrize("change", PASSES.values(), ids=PASSES)
+def test_what_another_graph_changes_is_no_constant(change: Callable[..., nn.Module]) -> None:
+    model = as_trained(CountsInTwoGraphs().double()).eval()
+    keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(3)))
+
+
 class TiedToAnEmbedding(nn.Module):
     """Rows longer than ``max_norm`` are made shorter when they are looked up, and the head reads all of them."""
 
