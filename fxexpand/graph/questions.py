@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
 from functools import cache
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 from torch import nn
+
+from fxexpand.graph.outside import functions_of, nested
 
 _KINDS = {"isinstance", "issubclass", "type", "__class__"}
 _WALKS = {"modules", "named_modules", "parameters", "named_parameters"}
@@ -46,27 +47,11 @@ def _code_of(cls: Any) -> tuple[CodeType, ...]:
         if name in seen:
             continue
         seen.add(name)
-        for function in _functions(inspect.getattr_static(cls, name, None)):
-            for code in _nested(function.__code__):
+        for function in functions_of(inspect.getattr_static(cls, name, None)):
+            for code in nested(function.__code__):
                 found.append(code)
                 waiting += code.co_names
     return tuple(found)
-
-
-def _functions(member: Any) -> Iterator[FunctionType]:
-    """The functions that a member of a class stands for, unless they are torch's."""
-    parts = (member.fget, member.fset) if isinstance(member, property) else (getattr(member, "__func__", member),)
-    for part in parts:
-        function = inspect.unwrap(part) if callable(part) else None
-        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
-            yield function
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
 
 
 def _writes(name: str) -> bool:
