@@ -45,10 +45,11 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     multiply-accumulates and memory (see ``StepCost``); without them all expansions collapse, and the regions in which
     one layer needs no more multiply-accumulates. ``explain`` shows the costs.
 
-    Composes in the dtype of the parameters with autocast off, and applies the result in autocast's. ``contract`` and
-    ``fuse`` take the result as they take ``model``. An expansion stays as it is where something is between its layers,
-    or where they have hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the
-    parameters that it has, differentiably.
+    Composes in the dtype of the parameters with autocast off, and applies the result in autocast's; a composed weight
+    has to fit the range of that dtype, which is narrow for parameters in float16. ``contract`` and ``fuse`` take the
+    result as they take ``model``. An expansion stays as it is where something is between its layers, or where they have
+    hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the parameters that it
+    has, differentiably.
 
     Raises ``ExpansionError`` when, without inputs, there is nothing in the model to collapse, and ``FxExpandError``
     when the model does not run on the inputs, or for ``lifts`` of another kind.

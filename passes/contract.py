@@ -79,6 +79,12 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
     kernel = expanded.as_kernel(torch.float64)
     if isinstance(kernel, Refusal):
         raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
+    dtype = next(expanded.parameters()).dtype
+    if not kernel.fits(dtype):
+        raise ContractionError(
+            f"{path}: its layers make up a weight or bias beyond the range of {dtype}. Contract model.float(), and "
+            "cast what fits."
+        )
     edits: list[Edit] = []
     for gm in work.modules():
         if isinstance(gm, fx.GraphModule):
