@@ -82,7 +82,7 @@ def in_a_process(name: str, options: argparse.Namespace) -> Row:
     """The row of one model, from a process that ends with it. One that dies says so in its row."""
     command = [sys.executable, "-m", "benchmarks.zoo", "--one", name, "--memory", str(options.memory)]
     command += ["--backend", options.backend] if options.backend else []
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // options.jobs))
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}
     )

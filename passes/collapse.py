@@ -47,10 +47,11 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     multiply-accumulates and memory (see ``StepCost``); without them all expansions collapse, and the regions in which
     one layer needs no more multiply-accumulates. ``explain`` shows the costs.
 
-    Composes in the dtype of the parameters with autocast off, and applies the result in autocast's. ``contract`` and
-    ``fuse`` take the result as they take ``model``. An expansion stays as it is where something is between its layers,
-    or where they have hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the
-    parameters that it has, differentiably.
+    Composes in the dtype of the parameters with autocast off, and applies the result in autocast's; a composed weight
+    has to fit the range of that dtype, which is narrow for parameters in float16. ``contract`` and ``fuse`` take the
+    result as they take ``model``. An expansion stays as it is where something is between its layers, or where they have
+    hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the parameters that it
+    has, differentiably.
 
     Raises ``ExpansionError`` when, without inputs, there is nothing in the model to collapse, and ``FxExpandError``
     when the model does not run on the inputs, or for ``lifts`` of another kind.
@@ -99,18 +100,22 @@ def opened(model: nn.Module, lifts: Lifts | None) -> nn.Module:
 
 
 def release_all(work: nn.Module) -> None:
-    """Make the collapsed regions of ``work`` explicit layers, in its graphs too."""
+    """Make the collapsed regions of ``work`` explicit layers, in its graphs too; those with hooks are called as before.
+
+    A hook that somebody has put on a collapsed expansion goes on running: graphs call the expansion as a whole.
+    """
     release_regions(work)
     collapsed = [module for module in work.modules() if isinstance(module, Collapsed)]
-    edits = [_opened(gm, node, module) for module in collapsed for gm in _graphs(work) for node in _calls(gm, module)]
+    bare = [module for module in collapsed if not has_hooks(module)]
+    edits = [_opened(gm, node, module) for module in bare for gm in _graphs(work) for node in _calls(gm, module)]
     for module in collapsed:
         module.release()
     rewrite(edits)
 
 
 def release_regions(work: nn.Module) -> None:
-    """The same for the regions that are no expansions."""
-    called = [(gm, node, found) for gm in _graphs(work) for node, found in regions_of(gm)]
+    """The same for the regions that are no expansions; with hooks they stay."""
+    called = [(gm, node, found) for gm in _graphs(work) for node, found in regions_of(gm) if not has_hooks(found)]
     rewrite(
         Edit(gm, (node,), (RecordStep(found.record, _held(node)),), source=_input(node)) for gm, node, found in called
     )

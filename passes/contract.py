@@ -86,6 +86,12 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
         if kernel.reason == TRAINING:
             raise ContractionError(f"{path}.{kernel}.")
         raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
+    dtype = next(expanded.parameters()).dtype
+    if not kernel.fits(dtype):
+        raise ContractionError(
+            f"{path}: its layers make up a weight or bias beyond the range of {dtype}. Contract model.float(), and "
+            "cast what fits."
+        )
     edits: list[Edit] = []
     for gm in work.modules():
         if isinstance(gm, fx.GraphModule):

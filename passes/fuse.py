@@ -18,7 +18,7 @@ from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
 from fxexpand.passes.collapse import release_all
 from fxexpand.regions.build import Flags, layer_of
-from fxexpand.regions.install import install
+from fxexpand.regions.install import install, range_refusal
 from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Plan, Planner
@@ -77,7 +77,7 @@ def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[
     maps: dict[int, Affine] = {}
     for module in running(work)[1].values():
         affine = module.as_affine(torch.float64) if isinstance(module, Expanded) and not has_hooks(module) else None
-        if isinstance(affine, Affine):
+        if isinstance(affine, Affine) and affine.kernel.fits(next(module.parameters()).dtype):
             first = next(module.parameters())
             flags = Flags(first.dtype, torch.contiguous_format, first.requires_grad, module.training)
             padding, layer = layer_of(affine, flags, copy=True)
@@ -113,11 +113,21 @@ def plan_all(
 ) -> list[tuple[Reading, Plan]]:
     """A plan for each graph that runs when ``work`` does."""
     plans: list[tuple[Reading, Plan]] = []
-    reach = Reach(work)
+    reach = Reach(work, tuple(lifts or ()))
     for gm in reach.graphs:
         reading = Reading(gm, shapes, lifts or {}, made, reach)
-        plans.append((reading, Planner(reading, always=when == "always").plan()))
+        plan = Planner(reading, always=when == "always").plan()
+        _leave_out_of_range(reading, plan)
+        plans.append((reading, plan))
     return plans
+
+
+def _leave_out_of_range(reading: Reading, plan: Plan) -> None:
+    for merge in list(plan.merges):
+        refusal = range_refusal(reading, merge)
+        if refusal is not None:
+            plan.merges.remove(merge)
+            plan.refused[merge.stretch.last] = refusal.reason
 
 
 def _held_up_by_training(reading: Reading, plan: Plan) -> bool:

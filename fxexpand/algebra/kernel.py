@@ -93,6 +93,11 @@ class Kernel:
         bias = None if self.bias is None else self.bias.to(dtype=dtype, device=device)
         return self.over(self.weight.to(dtype=dtype, device=device), bias)
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether every number that is finite stays so in ``dtype``; on "meta" there are none."""
+        held = [t for t in (self.weight, self.bias) if t is not None and not t.is_meta]
+        return all(bool((t.to(dtype).isfinite() == t.isfinite()).all()) for t in held)
+
     def detach(self) -> Kernel:
         """The same map, cut off from autograd."""
         return self.over(self.weight.detach(), None if self.bias is None else self.bias.detach())

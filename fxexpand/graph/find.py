@@ -101,9 +101,9 @@ def _call_site(gm: fx.GraphModule, node: fx.Node, prefix: str, reads_input: bool
     """The site of ``F.conv2d(x, self.weight, …)``; None when its weight is no parameter that it reads directly."""
     given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
     weight = parameter_read(gm, given.get("weight"))
-    if weight is None:
-        return None
     dims = _CALLS[node.target]
+    if weight is None or weight.dim() != dims + 2:  # F.linear takes a vector too, and gives no axis for it
+        return None
     settings = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
     bias_node = given.get("bias")
     bias = parameter_read(gm, bias_node)

@@ -88,6 +88,9 @@ def peculiarity(layer: nn.Module) -> Refusal | None:
     held = [p for p in layer._parameters.values() if p is not None]
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in held):
         return Refusal("its weight or bias has gradient hooks, which would be lost; remove them first")
+    for name in ("weight", "bias"):
+        if getattr(layer, name, None) is not layer._parameters.get(name):
+            return Refusal(f"its {name} is no parameter, but a buffer or what its class computes; make it one first")
     if layer._modules:
         return Refusal(f"it holds modules of its own ({', '.join(layer._modules)})")
     return dtype_refusal(weight)
@@ -102,7 +105,7 @@ def dtype_refusal(weight: Tensor) -> Refusal | None:
 
 
 def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    cls, names = type(module), ("forward", "_conv_forward", "__call__")
+    cls, names = type(module), ("forward", "_conv_forward", "_call_impl", "__call__")
     kept = cls is base or all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
     return kept and "forward" not in vars(module)
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxexpand.errors import ExpansionError, FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks, is_layer, is_opaque
+from fxexpand.graph.outside import reaches_outside
 from fxexpand.graph.state import changed_modules, hide, volatile_attributes
 from fxexpand.graph.traced import TracedModule, copy_model
 from fxexpand.graph.tracer import LayerTracer
@@ -116,10 +117,24 @@ def _graph_of(model: nn.Module, limits: Limits) -> fx.Graph | None:
     while True:
         graph, culprits = _attempt(model, limits, kept)
         if graph is not None and not culprits:
+            culprits = _other_at_a_second_call(model, graph, limits, kept)
+        if graph is not None and not culprits:
             return graph if _holds_for_other_values(model, graph, limits, kept) else None
         if "" in culprits or culprits <= kept:  # who changes a module that is only called? Its parents do
             return None
         kept |= culprits
+
+
+def _other_at_a_second_call(model: nn.Module, graph: fx.Graph, limits: Limits, kept: set[str]) -> set[str]:
+    """The paths of modules that may have frozen something outside of the model: a counter, or the time."""
+    called = ((path, module) for path, module in model.named_modules() if path not in kept)
+    suspects = {path for path, module in called if reaches_outside(module)}
+    if not suspects:
+        return set()
+    again, culprits = _attempt(model, limits, kept)
+    if again is not None and not culprits and _steps(again, {}) == _steps(graph, {}):
+        return set()
+    return culprits or suspects
 
 
 def _attempt(

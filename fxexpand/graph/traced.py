@@ -71,6 +71,10 @@ class TracedModule(fx.GraphModule):
     def __init_subclass__(cls) -> None:
         """Not the model's ``__init_subclass__``: what is made here is none of its author's classes."""
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """A module of the model's own class: ``Sequential`` makes its slices by calling its class."""
+        return cls.traced_class(*arguments, **named)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         twin = _blank(self.traced_class)
         memo[id(self)] = twin
@@ -155,13 +159,23 @@ def _restore_second_names(model: nn.Module, memo: Mapping[int, Any]) -> None:
                     copied._modules[name] = memo[id(child)]
 
 
+def _beside_tables(modules: list[nn.Module]) -> Iterator[Tensor | nn.Module]:
+    """What ``_shareable`` finds in plain attributes of ``modules``, not in one of them: perhaps tensors of theirs."""
+    tables = ("_parameters", "_buffers", "_modules")
+    plain = [value for module in modules for name, value in vars(module).items() if name not in tables]
+    yield from _reached([value for value in plain if type(value) not in ATOMS], modules)
+
+
 def _shareable(model: nn.Module) -> Iterator[Tensor | nn.Module]:
     """The tensors of ``model``, and its scripted modules, the parameters of which cannot be shared otherwise.
 
     Also those in lists and dictionaries: a model may hide a teacher from ``parameters()`` in a list.
     """
-    waiting: list[Any] = [model]
-    seen: dict[int, object] = {}
+    yield from _reached([model])
+
+
+def _reached(waiting: list[Any], but: Iterable[object] = ()) -> Iterator[Tensor | nn.Module]:
+    seen: dict[int, object] = {id(value): value for value in but}
     while waiting:
         value = waiting.pop()
         if type(value) in ATOMS or id(value) in seen:
@@ -188,8 +202,7 @@ def with_own_tensors(model: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
     """
     memo: dict[int, Any] = {id(p): p for module in own for p in module.parameters()}
     modules = list(model.modules())
-    held = {id(t) for module in modules for table in (module._parameters, module._buffers) for t in table.values()}
-    if any(isinstance(value, Tensor) and id(value) not in held for value in _shareable(model)):
+    if any(isinstance(value, Tensor) for value in _beside_tables(modules)):
         return copy_model(model, share=False)
     for module in modules:
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]

@@ -9,8 +9,11 @@ from torch import fx, nn
 
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.layers import attributes_named, is_opaque
+from fxexpand.graph.questions import question
 from fxexpand.graph.site import Site
 from fxexpand.graph.tree import parameter_owners, submodule
+
+_SILENT = "it would compute something else with the layers of an expansion in its place"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class OtherUses:
 
     def refusal(self, site: Site) -> Refusal | None:
         """Why the weight and bias of ``site`` are not its alone, or None where they are."""
-        return self._tied(site) or self._read_by_graphs(site) or self._read_by_code(site)
+        return self._tied(site) or self._read_by_graphs(site) or self._read_by_code(site) or self._asked_by_code(site)
 
     def _tied(self, site: Site) -> Refusal | None:
         for tensor in (site.weight, site.bias):
@@ -67,6 +70,19 @@ class OtherUses:
             if not is_opaque(module) and names & attributes_named(type(module)):
                 reader = type(module).__name__
                 return Refusal(f"its weight or bias may be read by the code of {reader}, which has no graph")
+        return None
+
+    def _asked_by_code(self, site: Site) -> Refusal | None:
+        """Whether code that has no graph asks of the layer what an expansion would answer in another way."""
+        layer = site.module
+        if layer is None:
+            return None
+        for module in self.running.values():
+            if is_opaque(module) or module is layer or not any(m is layer for m in module.modules()):
+                continue
+            found = question(module, layer, site.path.rpartition(".")[2])
+            if found is not None:
+                return Refusal(f"the code of {type(module).__name__}, which has no graph, {found}; {_SILENT}")
         return None
 
 

@@ -162,7 +162,9 @@ def _has_zero(value: float | Tensor) -> bool:
 
 
 def _two(node: fx.Node) -> tuple[Any, Any] | None:
-    """Both arguments of a binary operation."""
+    """Both arguments of a binary operation; in an old form, a number may stand between them."""
+    if len(node.args) > 2:
+        return None
     given = dict(zip(("input", "other"), node.args, strict=False)) | dict(node.kwargs)
     return (given["input"], given["other"]) if {"input", "other"} <= given.keys() else None
 

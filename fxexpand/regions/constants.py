@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -35,14 +36,14 @@ class Constants:
     """The constant values of ``gm``, computed when they are asked for.
 
     ``changed`` are the nodes the values of which the graph itself changes in place: a counter, a running mean.
+    ``written`` is the memory that something else writes to when the model runs, as ``memory_of`` tells it.
     """
 
-    def __init__(self, gm: fx.GraphModule, changed: frozenset[fx.Node]) -> None:
+    def __init__(self, gm: fx.GraphModule, changed: frozenset[fx.Node], written: frozenset[int] = frozenset()) -> None:
         self.gm = gm
         self._values: dict[fx.Node, Any] = {}
         self._constant: set[fx.Node] = set()
-        reads = [node for node in changed if node.op == "get_attr"]
-        self._memory = {memory for node in reads for memory in _memory(attrgetter(str(node.target))(gm))}
+        self._memory = written | memory_read(gm, changed)
         for node in gm.graph.nodes:
             fixed = (
                 not self.changes(attrgetter(str(node.target))(gm)) if node.op == "get_attr" else self._is_computed(node)
@@ -51,11 +52,11 @@ class Constants:
                 self._constant.add(node)
 
     def changes(self, tensor: object) -> bool:
-        """Whether the graph changes ``tensor``, or one that shares its memory, in place."""
-        return not self._memory.isdisjoint(_memory(tensor))
+        """Whether something changes ``tensor``, or one that shares its memory, in place."""
+        return not self._memory.isdisjoint(memory_of(tensor))
 
     def changes_any_of(self, module: nn.Module) -> bool:
-        """Whether the graph changes a parameter or buffer of ``module`` in place."""
+        """Whether something changes a parameter or buffer of ``module`` in place."""
         return bool(self._memory) and any(map(self.changes, (*module.parameters(), *module.buffers())))
 
     def __contains__(self, node: object) -> bool:
@@ -94,6 +95,12 @@ class Constants:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
 
 
-def _memory(value: object) -> tuple[int, ...]:
+def memory_read(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> frozenset[int]:
+    """The memory of the attributes of ``gm`` that some of ``nodes`` read."""
+    reads = [node for node in nodes if node.op == "get_attr"]
+    return frozenset(memory for node in reads for memory in memory_of(attrgetter(str(node.target))(gm)))
+
+
+def memory_of(value: object) -> tuple[int, ...]:
     """What tells whether tensors share memory."""
     return (value.untyped_storage()._cdata,) if isinstance(value, Tensor) and value.layout is torch.strided else ()

@@ -24,6 +24,14 @@ _FRESH = {
     *(F.batch_norm, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
 }
 _FRESH_METHODS = {"add", "sub", "mul", "div", "neg", "matmul", "mm"}
+# Functions that may change what they get after the input: where they are told to, under which name, and the default.
+_UPDATES: dict[str, tuple[int, str, object]] = {
+    **dict.fromkeys(("batch_norm", "native_batch_norm"), (5, "training", False)),
+    "instance_norm": (5, "use_input_stats", True),
+    **dict.fromkeys(("embedding", "embedding_bag"), (3, "max_norm", None)),
+}
+# Where functions come from that change nothing but what their names say.
+_KNOWN_HOMES = frozenset({"torch", "_operator", "operator", "builtins", "math"})
 _FRESH_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
@@ -93,20 +101,64 @@ class Effects:
         """The values that ``node`` may change in place."""
         if node.op not in ("call_function", "call_method", "call_module"):
             return []
-        first: list[Any] = [node.args[0]] if node.args else [node.kwargs.get("input")]
         if node.op == "call_module":
             module = self.modules[node]
-            foreign = not type(module).__module__.startswith("torch.") and not is_layer(module)
-            if foreign:  # code that nobody has looked into
+            if is_foreign(module):  # code that nobody has looked into
                 return node.all_input_nodes
-            found = first if getattr(module, "inplace", False) else []
-        else:
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            flags = (*node.args[1:], node.kwargs.get("inplace"))
-            asked = not self.is_fresh(node) and any(flag is True for flag in flags)
-            written = writes(node) or name in ("setitem", "__setitem__") or asked
-            found = [*(first if written else []), node.kwargs.get("out")]
-        return [value for value in found if isinstance(value, fx.Node)]
+            return _first(node) if getattr(module, "inplace", False) else []
+        if is_foreign_function(node.target):
+            return node.all_input_nodes
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        flags = (*node.args[1:], node.kwargs.get("inplace"))
+        asked = not self.is_fresh(node) and any(flag is True for flag in flags)
+        written = writes(node) or name in ("setitem", "__setitem__") or asked
+        return [*(_first(node) if written else []), *_nodes(node.kwargs.get("out")), *_updated(node, name)]
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether ``module`` runs code that is not torch's own."""
+    return not type(module).__module__.startswith("torch.") and not is_layer(module)
+
+
+def is_foreign_function(target: Any) -> bool:
+    """Whether ``target`` is a function of the user's, or an operator that says that it changes an argument."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names: list[str] = target.overloads()
+        return any(is_foreign_function(getattr(target, name)) for name in names)
+    if isinstance(target, (str, type)):  # a method of a tensor, or what makes a named tuple
+        return False
+    home = getattr(target, "__module__", None) or "torch"  # what is written in C has none
+    return str(home).partition(".")[0] not in _KNOWN_HOMES
+
+
+def _first(node: fx.Node) -> list[fx.Node]:
+    """What ``node`` has for its first argument, by position or by name: a value, or several in a list."""
+    return _nodes(node.args[0]) if node.args else _nodes(tuple(node.kwargs.values()))
+
+
+def _updated(node: fx.Node, name: str) -> list[fx.Node]:
+    """The statistics that a function keeps up to date, or the weight that it scales before it looks rows up."""
+    if name not in _UPDATES:
+        return []
+    position, keyword, default = _UPDATES[name]
+    asked = node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+    if asked is False or asked is None:
+        return []
+    return [source for source in node.all_input_nodes if source not in _nodes(node.args[:1])]
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    """The nodes in an argument."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(value, note)
+    return found
 
 
 def writes(node: fx.Node) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.compose import Blocks
+from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
@@ -18,6 +20,9 @@ from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Merge
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.region import map_of_parts, scaled_layer
+
+# How far float16 may round a weight, relative to its norm: 8 units roundoff, so what it still holds as normal numbers.
+_MOST_IN_HALF = 8 * 2.0**-11
 
 # Where the node of a merged layer says what was merged: the names of the nodes that it stands for.
 MERGED = "merged"
@@ -67,6 +72,20 @@ def _map(reading: Reading, merge: Merge, blocks: Blocks) -> tuple[Affine | None,
     if not isinstance(exact, Affine):
         raise RuntimeError(f"{merge.stretch.last.name}: planned as one layer, and not one: {exact}")
     return exact, exact
+
+
+def range_refusal(reading: Reading, merge: Merge) -> Refusal | None:
+    """Why the numbers of a merge do not fit its dtype, or None where they do; only float16 is that narrow."""
+    if _weight(reading, _main(reading, merge)).dtype is not torch.float16:
+        return None
+    found = map_of_parts(reading, merge.parts, merge.order)
+    if not isinstance(found, Affine) or found.kernel.weight.is_meta:
+        return None
+    weight, bias = found.kernel.weight, found.kernel.bias
+    error = (weight.half().double() - weight).norm()
+    if bool(error <= _MOST_IN_HALF * weight.norm()) and (bias is None or bool(bias.half().isfinite().all())):
+        return None
+    return Refusal("one layer would need numbers that float16 does not hold; fuse in float32, and cast where they fit")
 
 
 def _edit(reading: Reading, merge: Merge, padding: FunctionStep | None, path: str) -> Edit:

@@ -112,6 +112,8 @@ def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:
         terms = _per_channel(shift, signal, channels)
         if isinstance(factors, Refusal) or isinstance(terms, Refusal):
             return factors if isinstance(factors, Refusal) else terms  # type: ignore[return-value]  # one is
+        if not (factors.is_meta or bool(factors.isfinite().all())):
+            return Refusal("its constant holds infinity or NaN: what that gives depends on the order of operations")
         return Affine(depthwise(factors, None if _is_number(shift, 0) else terms, dims))
 
     if _is_number(scale, 1) and _is_number(shift, 0):

@@ -1,4 +1,4 @@
-"""What code that has no graph may come by inside graph modules: what has to stay where it is."""
+"""What code that has no graph may come by inside graph modules, and what may be written to: what has to stay."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import dis
 from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from fxexpand.graph.layers import is_opaque
+from fxexpand.graph.layers import has_hooks, is_opaque
+from fxexpand.graph.state import plain_attributes
 from fxexpand.graph.tree import submodule
 from fxexpand.graph.uses import running
+from fxexpand.regions.constants import memory_of, memory_read
+from fxexpand.regions.effects import Effects, is_foreign
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WALKS = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule", "getattr"}
@@ -21,11 +25,13 @@ class Reach:
     """What the parents of graph modules that cannot be traced themselves, and kept modules, may come by.
 
     Their code is read for the names of attributes: what is only called is a graph, whose inside nobody sees.
-    ``modules`` are the modules, by id, that such code holds outside of graph modules.
+    ``modules`` are the modules, by id, that such code holds outside of graph modules. ``written`` is the memory that
+    graphs, and modules, may write to when the model runs; of instances of ``known`` it is known that they do not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, known: tuple[type[nn.Module], ...] = ()) -> None:
         self.graphs, code = running(model)
+        self.written = _written(self.graphs, [module for module in code.values() if not isinstance(module, known)])
         self._code = [module for module in code.values() if module._modules and not is_opaque(module)]
         self.modules = {id(inner) for module in self._code for inner in _without_graphs(module)}
         self._own_names: dict[int, set[str]] = {}
@@ -61,6 +67,37 @@ class Reach:
                     called |= calls
                     taken |= takes
         return called, taken
+
+
+def _written(graphs: list[fx.GraphModule], code: list[nn.Module]) -> frozenset[int]:
+    found: set[int] = set()
+    for gm in graphs if len(graphs) > 1 else ():  # of a single one, its own reading tells
+        if any(node.op == "get_attr" for node in gm.graph.nodes):
+            found |= memory_read(gm, Effects(gm).changed())
+    for module in code:
+        for tensor in _changed_by(module):
+            found.update(memory_of(tensor))
+    return frozenset(found)
+
+
+def _changed_by(module: nn.Module) -> Iterable[Tensor | None]:
+    """What calling ``module`` may change of its own: nobody has looked into foreign code, and hooks."""
+    if is_foreign(module) or has_hooks(module):
+        own = (*module._parameters.values(), *module._buffers.values(), *plain_attributes(module).values())
+        return [tensor for value in own for tensor in _tensors_in(value)]
+    if isinstance(module, nn.modules.batchnorm._NormBase):  # also normalises instances
+        return module._buffers.values() if module.training else ()
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return (module.weight,)
+    return ()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _functions(module: nn.Module) -> Iterator[CodeType]:

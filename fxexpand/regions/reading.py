@@ -73,7 +73,7 @@ class Reading:
         self._lifts = lifts
         self._exact = exact or {}
         self.effects = Effects(gm)
-        self.constants = Constants(gm, self.effects.changed())
+        self.constants = Constants(gm, self.effects.changed(), frozenset() if reach is None else reach.written)
         self._calls = Calls(self.constants, self.effects)
         self.parts: dict[fx.Node, Unary | Join | Refusal] = {}
         for node in gm.graph.nodes:
@@ -158,12 +158,13 @@ class Reading:
             return None
         if self.reach is not None and self.reach.walks(self.gm, str(node.target)):
             return Refusal("code that has no graph may run through the modules beside it, and would find others")
-        if self.constants.changes_any_of(module):
-            return Refusal("the graph changes its weight or statistics in place")
+        changes = self.constants.changes_any_of(module)
         lift = self.lift_of(module)
-        if lift is not None:
+        if lift is not None and not changes:
             return lift_as(module, _lifted_by_user(lift, module, str(node.target)), source)
         lifted = lift_module(module, source)
+        if changes and (lift is not None or isinstance(lifted, (Unary, Join))):
+            return Refusal("something changes its weight or statistics in place when the model runs")
         exact = self._exact.get(id(module))
         return replace(lifted, make=lambda _: exact) if exact is not None and isinstance(lifted, Unary) else lifted
 

@@ -88,7 +88,7 @@ def plan_regions(work: nn.Module, shapes: Shapes, lifts: Lifts) -> Iterator[Live
     """
     expanded = [module for module in work.modules() if isinstance(module, Expanded)]
     apart = {id(inner) for module in expanded for inner in module.modules()}
-    reach = Reach(work)
+    reach = Reach(work, tuple(lifts or ()))
     for gm in reach.graphs:
         reading = Reading(gm, shapes, lifts, reach=reach)
         for node, part in list(reading.parts.items()):

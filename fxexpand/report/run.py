@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +26,60 @@ def check_module(model: object, where: str, error: type[FxExpandError]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A parameter or buffer as it was: the tensor itself, its memory (``held``), and what that held (``value``)."""
+
+    owner: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    held: Tensor
+    value: Tensor
+
+    def restore(self) -> None:
+        """Put back what has changed. Writing without need would invalidate graphs that have saved the tensor."""
+        moved = self.tensor.data_ptr() != self.held.data_ptr() or self.tensor.shape != self.held.shape
+        if moved or self.tensor._version != self.version or not _same(self.held, self.value):
+            with torch.no_grad():
+                self.held.copy_(self.value)
+                if moved:
+                    self.tensor.data = self.held
+        if getattr(self.owner, self.name, None) is not self.tensor:
+            setattr(self.owner, self.name, self.tensor)
+
+
+def _kept(model: nn.Module) -> list[_Kept]:
+    """The parameters and buffers of ``model``; an inference tensor has no version, and cannot be written either."""
+    return [
+        _Kept(module, name, tensor, tensor._version, tensor.data, tensor.detach().clone())
+        for module in model.modules()
+        for named in (module.named_parameters, module.named_buffers)
+        for name, tensor in named(recurse=False, remove_duplicate=False)
+        if not tensor.is_inference()
+    ]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether no element differs, as far as that can be asked: batch norm and ``.data`` write without a trace."""
+    if a.is_meta or a.layout is not torch.strided or a.is_quantized:
+        return True
+    if torch.equal(a, b):
+        return True
+    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 @contextmanager
 def undisturbed(model: nn.Module, inputs: tuple[object, ...]) -> Iterator[None]:
     """Within it `model` is in eval mode, without gradients. Leaving it, also by an exception, restores every module's
-    own training flag, the buffers, and the random number generators of the devices that model and inputs are on.
+    own training flag, parameters and buffers, and the random number generators of the devices that model and inputs
+    are on. For that it holds a copy of all parameters and buffers: code may change them in its forward.
 
     The flags are set directly: a model's own `eval()` may do more (merge adapters, say) than could be undone.
     """
-    # A frozen TorchScript module has no flag; an inference tensor has no version, and cannot be written either.
+    # A frozen TorchScript module has no flag.
     flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        if not buffer.is_inference()
-    ]
+    kept = _kept(model)
     try:
         with torch.no_grad(), _forked_rng([*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs)]):
             for module, _ in flags:
@@ -48,12 +88,8 @@ def undisturbed(model: nn.Module, inputs: tuple[object, ...]) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-        for module, name, buffer, version, value in buffers:
-            if buffer._version != version:  # writing without need would invalidate graphs that have saved the buffer
-                with torch.no_grad():
-                    buffer.copy_(value)
-            if getattr(module, name, None) is not buffer:
-                setattr(module, name, buffer)
+        for each in kept:
+            each.restore()
 
 
 @contextmanager

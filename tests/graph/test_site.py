@@ -359,6 +359,21 @@ class Computed(nn.Module):
         return F.linear(y, self.weight.t(), self.bias)
 
 
+class ByAVector(nn.Module):
+    """``F.linear`` takes one, and gives no axis for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_a_product_with_a_vector_is_no_site() -> None:
+    assert sites(ByAVector()) == {}
+
+
 def test_calls_whose_weight_is_no_parameter_are_no_sites() -> None:
     assert sites(Computed()) == {}
 

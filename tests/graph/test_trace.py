@@ -602,6 +602,31 @@ def test_a_parent_that_cannot_be_traced_may_iterate_over_graphs_and_call_their_m
     assert torch.allclose(big(X), model(X), rtol=1e-11)
 
 
+class Slicing(nn.Module):
+    """Takes slices of a container that is also called, and makes another module of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(linear(), nn.ReLU(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        other = type(self.steps)(self.steps[0], nn.Tanh())
+        out: Tensor = self.steps[:1](x) + self.steps[1:](self.steps(x)) + other(x)
+        return out
+
+
+def test_a_parent_that_cannot_be_traced_may_take_slices_of_graphs() -> None:
+    model = Slicing()
+    traced: Any = trace(model)
+    assert graphs(traced).keys() == {"steps"}
+    assert type(traced.steps[:2]) is nn.Sequential
+    assert_alike(traced, model, X)
+    for made in (fxexpand.fuse(model), fxexpand.fuse(traced, when="always"), fxexpand.expand(model, fxexpand.FC(2))):
+        assert torch.allclose(made(X), model(X), rtol=1e-11)
+
+
 def test_stochastic_depth_follows_train_and_eval() -> None:
     class Block(Two):
         def __init__(self) -> None:

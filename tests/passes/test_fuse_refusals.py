@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import fxexpand
 from drawing import random
 from fusing import Layers, calls, fused, left_alone, randomised, refusals, same_function
 from fxexpand import FxExpandError
+from fxexpand.testing import assert_equivalent
 
 
 def image() -> Tensor:
@@ -301,3 +303,40 @@ def test_a_value_that_layers_read_along_different_axes() -> None:
     x = random(2, 2, 4, 4, 4)
     for expected, found in zip(model(x), fxexpand.fuse(model)(x), strict=True):
         assert torch.equal(found, expected)
+
+
+class Run(nn.Module):
+    """``run(a(x), b(x))`` of two convolutions."""
+
+    def __init__(self, run: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, dtype=torch.float64), nn.Conv2d(4, 4, 3, dtype=torch.float64)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self.a(x), self.b(x))
+
+
+OLD_FORMS: list[Callable[[Any, Any], Any]] = [
+    lambda a, b: torch.add(a, 2, b),
+    lambda a, b: torch.sub(a, 2, b),
+    lambda a, b: a.add(2, b),
+    lambda a, b: a.add_(2, b),
+]
+
+
+@pytest.mark.filterwarnings("ignore:This overload of")
+@pytest.mark.parametrize("run", OLD_FORMS, ids=["add", "sub", "method", "in place"])
+def test_a_sum_in_its_old_form_is_left_alone(run: Callable[[Any, Any], Any]) -> None:
+    """With the factor between the two, as torch still takes them."""
+    model, x = Run(run), image()
+    for made in (fxexpand.fuse(model), fxexpand.fuse(model, x, when="always"), fxexpand.collapse(model, x)):
+        assert_equivalent(model, made, x)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_factor_that_is_not_finite_is_left_alone(factor: float) -> None:
+    """Infinite weights would make NaN of what cancels."""
+    model, x = Run(lambda a, b: a * factor), image()
+    assert torch.equal(fxexpand.fuse(model, when="always")(x).isnan(), model(x).isnan())
+    assert any("infinity or NaN" in entry.reason for entry in fxexpand.explain(model).refused)
