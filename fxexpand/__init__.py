@@ -4,9 +4,11 @@ from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, Rul
 from fxexpand.graph.trace import trace
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
+from fxexpand.passes.counterpart import counterpart
 from fxexpand.passes.expand import expand
 from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
+from fxexpand.passes.transfer import transfer
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule, layer
@@ -24,12 +26,14 @@ __all__ = [
     "VerificationError",
     "collapse",
     "contract",
+    "counterpart",
     "expand",
     "explain",
     "fuse",
     "layer",
     "summary",
     "trace",
+    "transfer",
     "uncollapse",
     "verify",
 ]
