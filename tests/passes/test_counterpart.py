@@ -287,6 +287,25 @@ def test_its_graph_calls_the_activations() -> None:
     found.graph.lint()
 
 
+class Shallow(fx.Tracer):
+    """Traces no module but the root."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def test_a_call_of_the_expansion_as_a_whole_stays_with_its_hooks() -> None:
+    expanded = fxexpand.expand(nn.Conv2d(3, 4, 3).double(), CL(2))
+    model: Any = nn.Sequential(expanded, nn.Tanh())
+    model = fx.GraphModule(model, Shallow().trace(model))
+    model.get_submodule("0").register_forward_hook(lambda module, args, output: 2 * output)
+    found: Any = fxexpand.counterpart(model)
+    assert found.code == model.code
+    chain = found.get_submodule("0")
+    y = chain.reduce(chain.kernel(chain.expand(X).relu()).relu())
+    assert torch.equal(found(X), (2 * y).tanh())
+
+
 def by_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
