@@ -10,7 +10,7 @@ from torch import fx, nn
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.assembly import Assembly
+from fxexpand.graph.assembly import TRAINING, Assembly
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
@@ -22,6 +22,8 @@ from fxexpand.regions.live_region import LiveRegion
 from fxexpand.regions.reading import Lifts, check_lifts
 from fxexpand.regions.shapes import Shapes, shapes_of
 from fxexpand.regions.training import LeftAlone, LivePlan, StepCosts, plan_regions
+
+_CHANGED = " Collapse before changing what is between the layers."
 
 
 def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = None) -> nn.Module:
@@ -61,7 +63,8 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
     reasons = [f"{entry.path}: {entry.plan}" for entry in expansions if isinstance(entry.plan, Refusal)]
     if not (example_inputs or planned or any(isinstance(region, LivePlan) for region in regions)):
         if reasons:
-            raise ExpansionError(f"{'; '.join(reasons)}. Collapse before changing what is between the layers.")
+            changed = "" if all(TRAINING in reason for reason in reasons) else _CHANGED
+            raise ExpansionError(f"{'; '.join(reasons)}.{changed}")
         raise ExpansionError(
             "collapse: expected a model with linear layers in a row, found no expanded layer and no region in it that "
             "one layer could compute. Expand it first; explain(model.train()) tells what is in the way."

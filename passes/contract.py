@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,12 +13,14 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
+from fxexpand.graph.assembly import TRAINING
 from fxexpand.graph.counterpart import Counterpart
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
+from fxexpand.graph.site import norm_after
 from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import replace_modules
@@ -31,8 +34,9 @@ def contract(model: nn.Module) -> nn.Module:
     After:   y = features_0(x)
 
     Identity: W₃ * (W₂ * (W₁ * x)) = (W₃ ∘ W₂ ∘ W₁) * x. The class, name, hyperparameters and flags are the old ones, so
-    the ``state_dict`` loads strictly into the original architecture. Composed in float64 and cast once to the dtype
-    that the new layers have now. Batch norm and everything else stays.
+    the ``state_dict`` loads strictly into the original architecture. A bias that batch norm in branches has added to a
+    layer without one is taken off the running mean of the batch norm behind it: (y + b) − μ = y − (μ − b). Composed in
+    float64 and cast once to the dtype that the new layers have now. Everything else stays.
 
     Raises ``ContractionError`` when nothing in the model was expanded, or when the layers of an expansion no longer
     make up one layer: an activation between them, a value read or returned from between them, changed hyperparameters.
@@ -72,6 +76,7 @@ class _Plan:
     expanded: Expanded
     kernel: Kernel
     edits: tuple[Edit, ...]
+    norms: tuple[nn.modules.batchnorm._BatchNorm, ...] = ()  # those that take the bias, where the layer had none
 
 
 def _innermost(model: nn.Module) -> dict[str, Expanded]:
@@ -89,6 +94,8 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
         raise ContractionError(f"{path}: it has forward or backward hooks, which would be lost. Remove them first.")
     kernel = expanded.as_kernel(torch.float64)
     if isinstance(kernel, Refusal):
+        if kernel.reason == TRAINING:
+            raise ContractionError(f"{path}.{kernel}.")
         raise ContractionError(f"{path}: its layers are no longer one layer: {kernel}. Undo the change, or keep them.")
     edits: list[Edit] = []
     for gm in work.modules():
@@ -97,7 +104,14 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
                 if isinstance(found, Refusal):
                     raise ContractionError(f"{path}: {found}. Undo the change, or contract before it.")
                 edits.append(found)
-    return _Plan(expanded, kernel.detach(), tuple(edits))
+    sheds = kernel.bias is not None and not expanded.origin.geometry.has_bias
+    norms = [norm_after(edit.graph_module, edit.nodes[-1]) for edit in edits] if sheds else []
+    if sheds and not (norms and all(norm is not None for norm in norms)):
+        raise ContractionError(
+            f"{path}: its branches add a bias, which the layer had not, and the batch norm that was to take it does "
+            "not follow any more. Undo the change, or contract before it."
+        )
+    return _Plan(expanded, kernel.detach(), tuple(edits), tuple(norm for norm in norms if norm is not None))
 
 
 def _step(path: str, expanded: Expanded) -> ModuleStep | FunctionStep:
@@ -113,6 +127,8 @@ def _step(path: str, expanded: Expanded) -> ModuleStep | FunctionStep:
 def _install(work: nn.Module, plans: list[_Plan]) -> nn.Module:
     layers: dict[int, nn.Module] = {}
     for plan in plans:
+        for norm in plan.norms:
+            cast(Tensor, norm.running_mean).sub_(cast(Tensor, plan.kernel.bias))
         origin = plan.expanded.origin
         if isinstance(origin, LayerOrigin):
             layers[id(plan.expanded)] = _restored(plan.expanded, plan.kernel, origin)
@@ -128,6 +144,7 @@ def _restored(expanded: Expanded, kernel: Kernel, origin: LayerOrigin) -> nn.Mod
     layer = copy.deepcopy(origin.template)
     layer.training = expanded.training
     weight, bias = _parameters(expanded, kernel)
+    bias = bias if origin.geometry.has_bias else None
     layer._parameters.update({**expanded._parameters, "weight": weight, "bias": bias})
     layer._buffers.update(expanded._buffers)
     return layer

@@ -154,7 +154,7 @@ def _exclusion(site: Site) -> str:
 
 def _origin(site: Site) -> LayerOrigin | CallOrigin:
     if site.module is not None:
-        return LayerOrigin.of(site.module, site.geometry)
+        return LayerOrigin.of(site.module, site.geometry, feeds_norm=site.feeds_norm)
     call = site.calls[0]
     given = dict(zip(("input", "weight", "bias"), call.node.args, strict=False)) | dict(call.node.kwargs)
     names = ("stride", "padding", "dilation", "groups") if site.dims else ()
@@ -167,6 +167,7 @@ def _origin(site: Site) -> LayerOrigin | CallOrigin:
         bias=None if bias is None else str(bias.target).rpartition(".")[2],
         settings=tuple(settings.items()),
         parameters=tuple(owner._parameters),
+        feeds_norm=site.feeds_norm,
     )
 
 
@@ -239,7 +240,8 @@ def _exact(expanded: Expanded) -> bool:
 
 
 def _flat(kernel: Kernel) -> Tensor:
-    return torch.cat([t.flatten() for t in (kernel.weight, kernel.bias) if t is not None])
+    bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
+    return torch.cat([kernel.weight.flatten(), bias])
 
 
 def _relative(found: Kernel, wanted: Kernel) -> float:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
+from hypothesis import assume
 from torch import Tensor, nn
 
 from drawing import random
 from fxexpand import CK, CL, FC
-from fxexpand.strategies import Strategy
+from fxexpand.graph.find import layer_site
+from fxexpand.strategies import ACNet, DiverseBranch, MobileOne, Orepa, Overparam, RepVGG, Strategy
 from fxexpand.testing.draw.layers import convolutions
 from fxexpand.testing.draw.sizes import LENGTHS
 
@@ -54,9 +56,45 @@ def _by_fc(draw: st.DrawFn) -> Expansion:
     return Expansion(layer.double(), FC(draw(st.sampled_from((1, 1.5, 2, 4))), depth=draw(st.integers(2, 4))), ())
 
 
+# Strategies of every structure: branches, with and without batch norm; branches of chains; chains of branches.
+BRANCHES: tuple[Strategy, ...] = (
+    ACNet(),
+    RepVGG(),
+    MobileOne(2),
+    DiverseBranch(),
+    Orepa(2),
+    Overparam(1.5, depth=4, residual=True),
+    CL(2).then(RepVGG()),
+    RepVGG().then(CL(1)),
+)
+WITH_NORM: tuple[Strategy, ...] = (ACNet(True), RepVGG(True), MobileOne(2, True), DiverseBranch(True))
+
+
+@st.composite
+def _by_branches(draw: st.DrawFn, strategies: tuple[Strategy, ...]) -> Expansion:
+    """A convolution that some of ``strategies`` reach; in eval mode, in which batch norm is a part of one layer."""
+    d = draw(st.integers(1, 3))
+    conv = draw(convolutions(draw(st.tuples(*[st.integers(2, 4 if d < 3 else 3)] * d)))).double().eval()
+    site = layer_site(conv, "conv", expanded=False)
+    fitting = [s for s in strategies if d in s.dims and s.reaches(site) and (s.collapses or site.has_bias)]
+    assume(fitting)
+    return Expansion(conv, draw(st.sampled_from(fitting)), _size(draw, d))
+
+
+def chain_expansions() -> st.SearchStrategy[Expansion]:
+    """Any layer with a strategy that makes a chain of layers of it."""
+    return st.one_of(_by_fc(), _by_cl(), _by_ck())
+
+
+def branch_expansions(*, batch_norm: bool) -> st.SearchStrategy[Expansion]:
+    """A convolution in eval mode, with a strategy that makes branches of it, with or without batch norm in them."""
+    return _by_branches(WITH_NORM if batch_norm else BRANCHES)
+
+
 def expansions() -> st.SearchStrategy[Expansion]:
     """Any layer with a strategy for it."""
-    return st.one_of(_by_fc(), _by_cl(), _by_ck())
+    branches = branch_expansions(batch_norm=False) | branch_expansions(batch_norm=True)
+    return chain_expansions() | branches
 
 
 def _size(draw: st.DrawFn, d: int) -> tuple[int, ...]:

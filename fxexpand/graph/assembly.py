@@ -27,6 +27,8 @@ from fxexpand.graph.structure import Series, Sum
 Path: TypeAlias = tuple[str, ...]
 Cast: TypeAlias = Callable[[Any], Any]
 
+# Why batch norm is no part of a layer while it trains.
+TRAINING = "batch norm in training mode; call model.eval() first"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
@@ -219,7 +221,7 @@ def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel) -> Leaf | Refusal:
     if norm.running_mean is None or norm.running_var is None:
         return Refusal("it keeps no running statistics: it normalises each batch by its own")
     if norm.training:
-        return Refusal("batch norm in training mode; call model.eval() first")
+        return Refusal(TRAINING)
     shift = torch.empty(norm.num_features, dtype=torch.float64, device="meta")
     if norm.num_features != neutral.out_channels:
         return Refusal(f"it normalises {norm.num_features} channels, found {neutral.out_channels}")

@@ -26,17 +26,21 @@ PAD = "pad"
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """A layer that was a module. ``template`` is that module without its weight and bias."""
+    """A layer that was a module. ``template`` is that module without its weight and bias.
+
+    ``feeds_norm``: nothing but batch norm read its output, so that its layers may have a bias that it had not.
+    """
 
     geometry: Geometry
     template: nn.Module
+    feeds_norm: bool = False
 
     @staticmethod
-    def of(layer: nn.Module, geometry: Geometry) -> LayerOrigin:
+    def of(layer: nn.Module, geometry: Geometry, *, feeds_norm: bool) -> LayerOrigin:
         template = copy.copy(layer)
         vars(template)["_parameters"] = dict.fromkeys(layer._parameters)
         vars(template)["_buffers"] = dict.fromkeys(layer._buffers)
-        return LayerOrigin(geometry, template)
+        return LayerOrigin(geometry, template, feeds_norm)
 
     @property
     def description(self) -> str:
@@ -56,6 +60,7 @@ class CallOrigin:
     bias: str | None
     settings: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
+    feeds_norm: bool = False
 
     @property
     def description(self) -> str:
@@ -142,13 +147,14 @@ class Expanded(StandIn):
         geometry, kernel = self.origin.geometry, whole.kernel
         shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
         border = whole.border or (Border("zeros", kernel.padding) if any(map(any, kernel.padding)) else None)
+        has_bias = kernel.bias is not None
         facts = [
             ("weight of shape", tuple(kernel.weight.shape), shape),
             ("stride", kernel.stride, geometry.stride),
             ("dilation", _where_it_counts(kernel.dilation, shape), _where_it_counts(geometry.dilation, shape)),
             ("groups", kernel.groups, geometry.groups),
             ("padding", border, Border(geometry.padding_mode, geometry.padding) if geometry.padded else None),
-            ("bias", kernel.bias is not None, geometry.has_bias),
+            ("bias", has_bias, geometry.has_bias or (has_bias and self.origin.feeds_norm)),
         ]
         for what, found, expected in facts:
             if found != expected:

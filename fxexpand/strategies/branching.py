@@ -23,7 +23,8 @@ class Branching(Strategy):
 
     With ``batch_norm=True`` there is batch norm at the end of each branch, and after each layer inside it. Then
     training normalises each branch by itself, and the branches are one layer in eval mode only: ``collapse`` leaves
-    them as they are while they train, and ``contract`` takes the model in eval mode.
+    them as they are while they train, and ``contract`` takes the model in eval mode. The bias that batch norm adds goes
+    to the layer's; where it has none, to the running mean of the batch norm behind it.
 
     With ``init="preserve"`` all branches but the first start as they are drawn, and the first takes what they leave of
     the layer's kernel: every branch trains from the first step, as it does from a fresh start. Batch norm starts as the
@@ -50,10 +51,10 @@ class Branching(Strategy):
         return any(k > 1 for k in site.kernel_size)
 
     def layers(self, site: Site) -> Mapping[str, nn.Module] | Sum | Refusal:
-        if self.batch_norm and not site.has_bias:
+        if self.batch_norm and not (site.has_bias or site.feeds_norm):
             return Refusal(
-                "batch norm in the branches adds a bias, which this layer has no place for. Use batch_norm=False, or "
-                "give the layer bias=True"
+                "batch norm in the branches adds a bias, and there is no place for one: the layer has none, and no "
+                "batch norm of its own behind it. Use batch_norm=False, or give the layer bias=True"
             )
         branches = self.branches(site)
         return branches if isinstance(branches, Refusal) else Sum(branches)

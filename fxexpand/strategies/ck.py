@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,17 +23,21 @@ class CK(Widening):
     Before:  y = conv(x)                              k×k, k odd and larger than 3, m -> n channels
     After:   y = kernel_l(… kernel_1(kernel_0(x)))    (k − 1)/2 layers of 3×3, m -> rate·m -> rate·n … -> n channels
 
-    Identity: l layers of 3 taps, one after another, reach 2·l + 1 taps. Parameters of layer i, without bias and groups:
-    9·(channels in)·(channels out). An axis shorter than the longest takes 1 tap in the layers it does not need.
-    The padding is the first layer's, the stride is the last one's; every layer has the dilation and the groups of the
-    original. ``keep_input=True`` leaves the first hidden width at m in a layer that reads a network input, as the
-    authors' networks do.
+    Identity: l layers of 3 taps, one after another, reach 2·l + 1 taps. Parameters without bias and groups, for l ≥ 3
+    layers: 9·(m·p + p·q + (l − 3)·q² + q·n), with p = rate·m and q = rate·n. An axis shorter than the longest takes 1
+    tap in the layers it does not need. The padding is the first layer's, the stride is the last one's; every layer has
+    the dilation and the groups of the original. ``keep_input=True`` leaves the first hidden width at m in a layer that
+    reads a network input, as the authors' networks do.
 
     Reaches: convolutions with odd kernels, the largest side larger than 3.
     Exact when: the rate is at least 4 for kernels of 5×5, 7×7 and 9×9, for ``init="preserve"`` (2 in one dimension,
     8 in three); as layers, always.
     Raises ``RuleError`` for a rate that is not positive.
     """
+
+    source: ClassVar[str] = "Guo et al. 2020"
+    structure: ClassVar[str] = "3×3, …, 3×3"
+    formula: ClassVar[str] = "9·(m·p + p·q + (l − 3)·q² + q·n)"
 
     def reaches(self, site: Site) -> bool:
         return max(site.kernel_size) > 3 and all(k % 2 for k in site.kernel_size)

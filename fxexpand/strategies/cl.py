@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class CL(Widening):
     Before:  y = conv(x)                          m -> n channels
     After:   y = reduce(kernel(expand(x)))        m -> p -> q -> n channels, p = rate·m, q = rate·n
 
-    Identity: (C ∘ B ∘ A) * x = C * (B * (A * x)). Parameters, without bias and groups: p·m + k²·p·q + n·q.
+    Identity: (C ∘ B ∘ A) * x = C * (B * (A * x)). Parameters without bias and groups, for K taps: m·p + K·p·q + q·n.
     The padding is the first layer's, stride and dilation are the k×k layer's; every layer has the groups of the
     original. ``keep_input=True`` leaves p = m in a layer that reads a network input, as the authors' networks do.
 
@@ -30,6 +31,10 @@ class CL(Widening):
     Exact when: p ≥ m and q ≥ n, so at any rate ≥ 1, for ``init="preserve"``; as layers, always.
     Raises ``RuleError`` for a rate that is not positive.
     """
+
+    source: ClassVar[str] = "Guo et al. 2020"
+    structure: ClassVar[str] = "1×1, k×k, 1×1"
+    formula: ClassVar[str] = "m·p + K·p·q + q·n"
 
     def reaches(self, site: Site) -> bool:
         return any(k > 1 for k in site.kernel_size)

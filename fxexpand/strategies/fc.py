@@ -25,7 +25,8 @@ class FC(Strategy):
     Before:  y = linear(x)                                 m -> n features
     After:   y = linear_{depth−1}(… linear_1(linear_0(x)))    m -> rate·m -> rate·n … -> n features
 
-    Identity: (W_l ··· W₁)·x = W_l·(··· (W₁·x)). Parameters of each layer, without bias: features in · features out.
+    Identity: (W_l ··· W₁)·x = W_l·(··· (W₁·x)). Parameters without bias, for a depth l ≥ 3:
+    m·p + p·q + (l − 3)·q² + q·n, with p = rate·m and q = rate·n.
 
     Reaches: every linear layer.
     Exact when: every hidden width is at least min(m, n), so at any rate ≥ 1, for ``init="preserve"``; as layers,
@@ -37,6 +38,9 @@ class FC(Strategy):
     depth: int = 2
 
     dims: ClassVar[frozenset[int]] = frozenset({0})
+    source: ClassVar[str] = "Guo et al. 2020"
+    structure: ClassVar[str] = "linear, …, linear"
+    formula: ClassVar[str] = "m·p + p·q + (l − 3)·q² + q·n"
 
     def __post_init__(self) -> None:
         check_rate(self, self.rate)

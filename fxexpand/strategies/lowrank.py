@@ -26,8 +26,8 @@ class LowRank(Strategy):
     After:   y = second(first(x))              m -> rank -> n channels, a×1 then 1×b; linear layers and 1×1: both 1×1
 
     Identity: none; W ≈ U·V is the nearest product of that rank (Eckart and Young 1936). Parameters without bias and
-    groups: rank·(a·m + b·n). ``init="preserve"`` is as near as that comes, and warns with the relative error
-    ‖U·V − W‖ / ‖W‖ of the kernel. The padding is the first layer's; ``rank`` counts inside each group.
+    groups, for r = ``rank``: r·(a·m + b·n). ``init="preserve"`` is as near as that comes, and warns with the relative
+    error of the kernel, ‖U·V − W‖ / ‖W‖. The padding is the first layer's; ``rank`` counts inside each group.
 
     Reaches: the layers of these kinds that it makes smaller.
     Exact when: the rank is that of the kernel as an (a·m)×(b·n) matrix, or more.
@@ -71,7 +71,7 @@ class LowRank(Strategy):
         if site.dims in (1, 3) and any(k > 1 for k in site.kernel_size):
             size = "×".join(map(str, site.kernel_size))
             return Refusal(
-                f"LowRank takes linear and pointwise layers and kernels on two axes, found {size}. Use CL(1)"
+                f"LowRank takes linear and pointwise layers, and kernels on two axes, found {size}. Use CL(1)"
             )
         return None
 

@@ -57,6 +57,8 @@ def gradients_flow(where: str, model: nn.Module, big: nn.Module, inputs: tuple[o
         if old is None or not old.any():
             continue  # nothing reached the old layer either
         for name, parameter in module.named_parameters(prefix=path):
+            if not parameter.requires_grad:
+                continue  # a strategy may fix some, such as the filters of a prior
             gradient = after.get(name)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 found = "none" if gradient is None else "zero" if not gradient.any() else "one that is not finite"

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import fxexpand
 from drawing import assert_equal
-from expansions import Expansion, expansions
+from expansions import Expansion, chain_expansions, expansions
 from fxexpand import CK, CL, FC, ExpansionError, Rule, RuleError, layer
 from fxexpand.testing import Case, Functional, Picky, chain_matrix, matrix, networks
 
@@ -25,7 +25,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
 
 
-@given(expansions())
+@given(chain_expansions())
 def test_the_new_layers_are_the_same_matrix_as_the_old_one(case: Expansion) -> None:
     expanded = fxexpand.expand(case.layer, case.strategy)
     found = chain_matrix(children(expanded), case.size, channels=case.channels)

@@ -97,7 +97,10 @@ class _Watched(Strategy):
 
     @property
     def stages(self) -> tuple[Strategy, ...]:
-        return self, *self.inner.stages[1:]
+        later = [_Watched(stage) for stage in self.inner.stages[1:]]
+        for stage in later:
+            vars(stage)["refusals"] = self.refusals
+        return self, *later
 
     def reaches(self, site: Site) -> bool:
         return self.inner.reaches(site)
