@@ -16,7 +16,8 @@ of errors in 1,497 images, it should lie within the spread of "standard". "contr
 "compact", for what expansion adds is said to be in the training. "preserve" starts from other factors, and should be
 nearer to "standard" than to "compact".
 
-Run as ``python -m benchmarks.initialisation [--seeds N] [--epochs N] [--json FILE]``.
+Run as ``python -m benchmarks.initialisation [--seeds N] [--epochs N] [--starts standard init …] [--json FILE]``. With
+``--epochs 40`` "init" has as many epochs for each of its two networks as the demo has for one.
 """
 
 from __future__ import annotations
@@ -85,27 +86,28 @@ def trained(start: str, strategy: Strategy | None, train: Training, seed: int) -
     return fxexpand.contract(train(fxexpand.collapse(expanded), epochs))
 
 
-def variants() -> dict[str, Callable[[Training, int], nn.Module]]:
-    """What is compared, by name."""
+def variants(starts: Sequence[str]) -> dict[str, Callable[[Training, int], nn.Module]]:
+    """What is compared, by name; ``starts`` beside the compact network and the standard start."""
 
     def of(start: str, strategy: Strategy | None) -> Callable[[Training, int], nn.Module]:
         return lambda train, seed: trained(start, strategy, train, seed)
 
     found = {"compact": of("", None)}
     for strategy in STRATEGIES:
-        for start in STARTS:
+        for start in [start for start in STARTS if start in ("standard", *starts)]:
             found[f"{type(strategy).__name__}({strategy.rate:g}) {start}"] = of(start, strategy)
     return found
 
 
-def measure(settings: Settings) -> tuple[dict[str, list[float]], dict[str, float]]:
+def measure(settings: Settings, starts: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Test errors, as shares, one a seed, and the seconds of all seeds, by variant."""
     images, labels = digits()
-    errors: dict[str, list[float]] = {name: [] for name in variants()}
+    compared = variants(starts)
+    errors: dict[str, list[float]] = {name: [] for name in compared}
     seconds = dict.fromkeys(errors, 0.0)
     for seed in range(settings.seeds):
         part = split(images, labels, settings.train_size, seed)
-        for name, run in variants().items():
+        for name, run in compared.items():
             begun = time.perf_counter()
             errors[name].append(error_rate(run(Training(part, settings, seed), seed), part))
             seconds[name] += time.perf_counter() - begun
@@ -152,10 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare the ways to start an expanded network.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20, help="epochs of each variant in all (default: 20)")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="which to compare (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures and the machine to this file")
     given = parser.parse_args(arguments)
     settings = Settings(seeds=given.seeds, epochs=given.epochs)
-    table = rows(*measure(settings))
+    table = rows(*measure(settings, given.starts))
     print(f"\n{'variant':<18} {'test error':<16} {'beside compact, points':<40}  beside standard, points")
     for row in table:
         print(shown(row))
