@@ -1,26 +1,36 @@
 """Linear over-parameterisation of any PyTorch model, as torch.fx graph-rewriting passes."""
 
 from fxexpand.errors import ContractionError, ExpansionError, FxExpandError, RuleError, VerificationError
+from fxexpand.filters import layer
 from fxexpand.graph.trace import trace
+from fxexpand.notation import parse_rules
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
 from fxexpand.passes.counterpart import counterpart
 from fxexpand.passes.expand import expand
 from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
+from fxexpand.passes.manifest import manifest
 from fxexpand.passes.transfer import transfer
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
-from fxexpand.rules import Rule, layer
-from fxexpand.strategies import CK, CL, FC
+from fxexpand.rules import Rule
+from fxexpand.strategies import CK, CL, FC, ACNet, DiverseBranch, LowRank, MobileOne, Orepa, Overparam, RepVGG
 
 __all__ = [
     "CK",
     "CL",
     "FC",
+    "ACNet",
     "ContractionError",
+    "DiverseBranch",
     "ExpansionError",
     "FxExpandError",
+    "LowRank",
+    "MobileOne",
+    "Orepa",
+    "Overparam",
+    "RepVGG",
     "Rule",
     "RuleError",
     "VerificationError",
@@ -31,6 +41,8 @@ __all__ = [
     "explain",
     "fuse",
     "layer",
+    "manifest",
+    "parse_rules",
     "summary",
     "trace",
     "transfer",

@@ -3,129 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TypeAlias
 
-from torch import nn
-
-from fxexpand.algebra.kernel import Ints
 from fxexpand.errors import RuleError
+from fxexpand.filters import Filter, Where, clause_of, globs_of, text_of
 from fxexpand.graph.site import Site
 from fxexpand.strategies.strategy import Strategy
-
-Where: TypeAlias = "Filter | Callable[[Site], bool]"
-
-
-@dataclass(frozen=True)
-class Filter:
-    """A condition on sites that combines with others, or with any ``(site) -> bool``, by ``&``, ``|`` and ``~``."""
-
-    test: Callable[[Site], bool]
-    text: str
-
-    def __call__(self, site: Site) -> bool:
-        return bool(self.test(site))
-
-    def __and__(self, other: object) -> Filter:
-        if not callable(other):
-            return NotImplemented
-        return Filter(lambda site: self(site) and bool(other(site)), f"{self} & {_text(other)}")
-
-    def __or__(self, other: object) -> Filter:
-        if not callable(other):
-            return NotImplemented
-        return Filter(lambda site: self(site) or bool(other(site)), f"({self} | {_text(other)})")
-
-    def __rand__(self, other: object) -> Filter:
-        return _as_filter(other) & self if callable(other) else NotImplemented
-
-    def __ror__(self, other: object) -> Filter:
-        return _as_filter(other) | self if callable(other) else NotImplemented
-
-    def __invert__(self) -> Filter:
-        return Filter(lambda site: not self(site), f"~({self})" if " & " in self.text else f"~{self}")
-
-    def __bool__(self) -> bool:
-        raise RuleError(f"{self}: a filter is true or false of a layer only. Combine filters with &, | and ~.")
-
-    def __str__(self) -> str:
-        return self.text
-
-    __repr__ = __str__
-
-
-def layer(
-    name: str | None = None,
-    *,
-    kind: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
-    kernel_size: int | Ints | None = None,
-    stride: int | Ints | None = None,
-    dilation: int | Ints | None = None,
-    groups: int | None = None,
-    depthwise: bool | None = None,
-    in_channels: int | None = None,
-    out_channels: int | None = None,
-    bias: bool | None = None,
-) -> Filter:
-    """The layers for which everything given holds; without arguments, all.
-
-    ``name`` is a shell-style glob over the dotted path, in which ``*`` crosses dots. ``kind`` is a module class, or
-    several; functional calls have none. One number for ``kernel_size``, ``stride`` or ``dilation`` holds for all axes.
-    Features of a linear layer count as channels. Raises ``RuleError`` for an argument of the wrong type.
-    """
-    given = {key: value for key, value in locals().items() if value is not None}
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if kind is not None and not all(isinstance(k, type) for k in kinds):
-        raise RuleError(f"layer(kind=...): expected a module class, such as nn.Conv2d, found {kind!r}.")
-    if name is not None and not isinstance(name, str):
-        raise RuleError(f"layer(name=...): expected a glob, such as 'features.*', found {name!r}.")
-    _check_values(given)
-    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    equal = {
-        "groups": groups,
-        "depthwise": depthwise,
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "has_bias": bias,
-    }
-
-    def holds(site: Site) -> bool:
-        if name is not None and not fnmatchcase(site.path, name):
-            return False
-        if kind is not None and not isinstance(site.module, kind):
-            return False
-        if any(v is not None and not _same_size(getattr(site, k), v) for k, v in sizes.items()):
-            return False
-        return all(v is None or getattr(site, k) == v for k, v in equal.items())
-
-    return Filter(holds, f"layer({', '.join(f'{k}={_value(v)}' for k, v in given.items())})")
-
-
-def _check_values(given: Mapping[str, object]) -> None:
-    """Raise ``RuleError`` for a number, size or flag of another type, which no layer would have."""
-    for key, value in given.items():
-        if key in ("kernel_size", "stride", "dilation"):
-            sizes = value if isinstance(value, (list, tuple)) else (value,)
-            fits, expected = all(map(_is_integer, sizes)), "an integer, or one for each axis"
-        elif key in ("groups", "in_channels", "out_channels"):
-            fits, expected = _is_integer(value), "an integer"
-        elif key in ("depthwise", "bias"):
-            fits, expected = isinstance(value, bool), "True or False"
-        else:
-            continue
-        if not fits:
-            raise RuleError(f"layer({key}=...): expected {expected}, found {value!r}.")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Rule:
     """``strategy`` for the layers of its kind for which ``where`` holds; without ``where``, for those it reaches.
+
+    ``str()`` is what ``parse_rules`` reads: ``CL(rate=4, keep_input=False) on features.*``.
 
     Raises ``RuleError`` for a strategy or a condition that is none.
     """
@@ -148,7 +39,7 @@ class Rule:
         return bool(self.where(site))
 
     def __str__(self) -> str:
-        return repr(self.strategy) if self.where is None else f"Rule({self.strategy!r}, where={_text(self.where)})"
+        return str(self.strategy) if self.where is None else f"{self.strategy} on {clause_of(self.where)}"
 
 
 def as_rules(rules: object) -> list[Rule]:
@@ -159,29 +50,44 @@ def as_rules(rules: object) -> list[Rule]:
     found = []
     for rule in given:
         if not isinstance(rule, (Rule, Strategy)):
-            hint = f" Use {rule.__name__}(rate=4)." if isinstance(rule, type) and issubclass(rule, Strategy) else ""
-            raise RuleError(f"rules: expected a Rule or a strategy, such as CL(rate=4), found {rule!r}.{hint}")
+            raise RuleError(
+                f"rules: expected a Rule or a strategy, such as CL(rate=4), found {rule!r:.60}.{_meant(rule)}"
+            )
         found.append(rule if isinstance(rule, Rule) else Rule(rule))
     return found
+
+
+def _meant(rule: object) -> str:
+    """What is close to ``rule``, which is no rule."""
+    if isinstance(rule, str):
+        if rule.lstrip().startswith("{"):
+            return " Use json.loads(...) for a manifest."
+        return f" Use parse_rules({repr(rule) if len(rule) < 60 else '...'})."
+    return f" Use {rule.__name__}(rate=4)." if isinstance(rule, type) and issubclass(rule, Strategy) else ""
 
 
 def match(sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule]]:
     """Each site that a rule matches, with the first such rule.
 
-    Raises ``RuleError`` when no rule matches any site, or when a rule with a ``where`` of its own matches none.
+    Raises ``RuleError`` when no rule matches any site, or when a ``where`` is in vain: no rule that has it matches any.
     """
     # Each condition is asked once about each site: it may count, or remember what it has seen.
     matched = [[site for site in sites if rule.matches(site)] for rule in rules]
-    for rule, own in zip(rules, matched, strict=True):
-        if rule.where is not None and not own:
+    for rule in rules:
+        alike = [own for other, own in zip(rules, matched, strict=True) if _same(other.where, rule.where)]
+        if rule.where is not None and not any(alike):
             raise RuleError(f"{rule} matches no layer. {_nearest(rule, sites)}")
     first: dict[int, tuple[Site, Rule]] = {}
     for rule, own in zip(rules, matched, strict=True):
         for site in own:
             first.setdefault(id(site), (site, rule))
     if not first:
-        raise RuleError(f"no rule matches any layer: {', '.join(map(str, rules))}. {_overview(sites)}")
+        raise RuleError(f"no rule matches any layer: {'; '.join(map(str, rules))}. {_overview(sites)}")
     return [first[id(site)] for site in sites if id(site) in first]
+
+
+def _same(one: Where | None, other: Where | None) -> bool:
+    return one is other or (isinstance(one, Filter) and one == other)
 
 
 def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
@@ -190,7 +96,8 @@ def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
     if held:
         takes = "linear layers" if rule.strategy.dims == {0} else "convolutions"
         return f"Its where holds for {_some(held)}, but {type(rule.strategy).__name__} takes {takes}."
-    close = difflib.get_close_matches(_text(rule.where).removeprefix("layer(name="), [s.path for s in sites], 1, 0.5)
+    asked = () if rule.where is None else globs_of(rule.where) or (text_of(rule.where).removeprefix("layer(name="),)
+    close = [path for glob in asked for path in difflib.get_close_matches(glob, [site.path for site in sites], 1, 0.5)]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return _overview(sites) + hint
 
@@ -205,21 +112,3 @@ def _overview(sites: Sequence[Site]) -> str:
 def _some(sites: Sequence[Site], most: int = 4) -> str:
     more = f" and {len(sites) - most} more" if len(sites) > most else ""
     return ", ".join(map(str, sites[:most])) + more
-
-
-def _same_size(found: Ints, wanted: int | Ints) -> bool:
-    return bool(found) and (all(f == wanted for f in found) if isinstance(wanted, int) else found == tuple(wanted))
-
-
-def _value(value: object) -> str:
-    if isinstance(value, tuple) and any(isinstance(v, type) for v in value):
-        return f"({', '.join(map(_value, value))})"
-    return f"nn.{value.__name__}" if isinstance(value, type) else repr(value)
-
-
-def _as_filter(test: Callable[[Site], bool]) -> Filter:
-    return Filter(test, _text(test))
-
-
-def _text(where: object) -> str:
-    return str(where) if isinstance(where, Filter) else getattr(where, "__name__", repr(where))

@@ -19,10 +19,11 @@ from fxexpand.graph.geometry import DIMS
 from fxexpand.graph.lift import memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
-from fxexpand.graph.structure import Series, Sum, leaves
+from fxexpand.graph.structure import Series, Sum, entrances, leaves
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import parameter_owners, replace_modules
+from fxexpand.manifests import Entry, check_plain, check_rebuilt, fitting, read_manifest
 from fxexpand.passes.collapse import release_all
 from fxexpand.rules import Rule, as_rules, match
 from fxexpand.strategies.fill import BRANCHES, body, fill
@@ -36,7 +37,7 @@ _MOST = 0.25
 
 def expand(
     model: nn.Module,
-    rules: Rule | Strategy | Sequence[Rule | Strategy],
+    rules: Rule | Strategy | Sequence[Rule | Strategy] | Mapping[str, Any],
     *,
     init: Init = "preserve",
     inplace: bool = False,
@@ -50,6 +51,9 @@ def expand(
     old one, with its dtype, device, memory format, ``requires_grad`` and train/eval flag. A layer that is used at
     several places is expanded once. ``contract`` is the inverse.
 
+    A ``manifest(model)`` in place of rules rebuilds what it lists, on the model as it was before: the same modules and
+    ``state_dict`` keys, also of expansions inside others. If it does not fit, the error says where.
+
     ``init="preserve"`` keeps the function exactly; ``"standard"`` leaves each new layer its class's own fresh
     initialisation (Guo et al. 2020, §4); a callable ``(site, layers) -> None`` does what it likes.
 
@@ -57,18 +61,35 @@ def expand(
     of any other model, the result shares the parameters of the layers that stay. If an error is raised, ``model`` is as
     it was.
 
-    Raises ``RuleError`` when no rule matches any layer, or a ``Rule`` with a ``where`` matches none;
+    Raises ``RuleError`` when no rule matches any layer, or a ``where`` is in vain: no ``Rule`` that has it matches any;
+    also for a manifest that is none, or does not fit the model;
     ``ExpansionError`` for a layer that a rule matches but that cannot be expanded as asked.
     """
-    checked = as_rules(rules)
+    levels = read_manifest(rules) if isinstance(rules, Mapping) else None
+    checked = as_rules(rules) if levels is None else []
     check_model(model, "expand")
     if not (callable(init) or init in ("preserve", "standard")):
         raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
     work = open_up(_copied(model, share=inplace), Limits())
     release_all(work)
-    plans = [_plan(site, rule.strategy, init) for site, rule in match(find_sites(work), checked)]
-    result = _install(work, plans)
+    if levels is None:
+        result = _expanded(work, [(site, rule.strategy) for site, rule in match(find_sites(work), checked)], init)
+    else:
+        result = _rebuilt(work, levels, init)
     return _become(model, result) if inplace and isinstance(model, fx.GraphModule) else result
+
+
+def _expanded(work: nn.Module, chosen: Sequence[tuple[Site, Strategy]], init: Init) -> nn.Module:
+    return _install(work, [_plan(site, strategy, init) for site, strategy in chosen])
+
+
+def _rebuilt(work: nn.Module, levels: Sequence[Sequence[Entry]], init: Init) -> nn.Module:
+    """``work``, expanded as a manifest says. Expansions inside others are made once those are there."""
+    check_plain(work)
+    for entries in levels:
+        work = _expanded(work, fitting(work, entries), init)
+    check_rebuilt(work, levels)
+    return work
 
 
 @dataclass(frozen=True)
@@ -130,8 +151,9 @@ def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
 
 def _expand_again(site: Site, expanded: Expanded, strategy: Strategy) -> None:
     """Put expansions in the place of those layers of ``expanded`` that ``strategy`` reaches."""
+    entered = set(map(id, entrances(expanded))) if site.reads_input else set()
     inner = [
-        layer_site(layer, f"{site.path}.{path}".lstrip("."), expanded=True)
+        layer_site(layer, f"{site.path}.{path}".lstrip("."), reads_input=id(layer) in entered, expanded=True)
         for path, layer in leaves(expanded)
         if isinstance(layer, tuple(DIMS))
     ]

@@ -75,7 +75,7 @@ def _by_branches(draw: st.DrawFn, strategies: tuple[Strategy, ...]) -> Expansion
     """A convolution that some of ``strategies`` reach; in eval mode, in which batch norm is a part of one layer."""
     d = draw(st.integers(1, 3))
     conv = draw(convolutions(draw(st.tuples(*[st.integers(2, 4 if d < 3 else 3)] * d)))).double().eval()
-    site = layer_site(conv, "conv", expanded=False)
+    site = layer_site(conv, "conv", reads_input=False, expanded=False)
     fitting = [s for s in strategies if d in s.dims and s.reaches(site) and (s.collapses or site.has_bias)]
     assume(fitting)
     return Expansion(conv, draw(st.sampled_from(fitting)), _size(draw, d))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand import CK, CL, FC, Rule, RuleError, layer, trace
+from fxexpand.filters import Filter
 from fxexpand.graph.find import find_sites
 from fxexpand.graph.site import Site
-from fxexpand.rules import Filter, as_rules, match
+from fxexpand.rules import as_rules, match
 
 
 class Own(nn.Conv2d):
@@ -133,15 +136,18 @@ def test_conditions_combine_with_each_other_and_with_plain_functions(where: Filt
         (layer("a.*", kernel_size=3), "layer(name='a.*', kernel_size=3)"),
         (layer(kind=nn.Conv2d, depthwise=False), "layer(kind=nn.Conv2d, depthwise=False)"),
         (layer(kind=(nn.Conv2d, nn.Linear)), "layer(kind=(nn.Conv2d, nn.Linear))"),
+        (layer(kind=(Own,)), "layer(kind=(Own,))"),
         (layer(stride=(1, 2)), "layer(stride=(1, 2))"),
-        (layer(groups=1) & width, "layer(groups=1) & width"),
-        (width & layer(groups=1), "width & layer(groups=1)"),
-        (width | layer(groups=1), "(width | layer(groups=1))"),
+        (layer(groups=1) & width, "layer(groups=1) & <width>"),
+        (width & layer(groups=1), "<width> & layer(groups=1)"),
+        (width | layer(groups=1), "(<width> | layer(groups=1))"),
         (layer(groups=1) & (layer("a") | layer("b")), "layer(groups=1) & (layer(name='a') | layer(name='b'))"),
         (~layer("a"), "~layer(name='a')"),
         (~(layer("a") & layer("b")), "~(layer(name='a') & layer(name='b'))"),
         (~(layer("a") | layer("b")), "~(layer(name='a') | layer(name='b'))"),
         (~layer("a") & layer("b"), "~layer(name='a') & layer(name='b')"),
+        (layer("a") & (layer("b") & layer("c")), "layer(name='a') & layer(name='b') & layer(name='c')"),
+        ((layer("a") | layer("b")) | layer("c"), "(layer(name='a') | layer(name='b') | layer(name='c'))"),
         (layer("a") & (lambda site: True), "layer(name='a') & <lambda>"),
     ],
 )
@@ -149,10 +155,29 @@ def test_a_filter_reads_as_it_was_written(where: Filter, text: str) -> None:
     assert str(where) == repr(where) == text
 
 
-def test_a_rule_reads_as_it_was_written() -> None:
-    assert str(Rule(CL(2))) == "CL(rate=2, keep_input=False)"
-    assert str(Rule(FC(2, depth=3), where=layer("head"))) == "Rule(FC(rate=2, depth=3), where=layer(name='head'))"
-    assert str(Rule(FC(2), where=width)) == "Rule(FC(rate=2, depth=2), where=width)"
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Rule(CL(2)), "CL(rate=2, keep_input=False)"),
+        (Rule(FC(2, depth=3), where=layer("head")), "FC(rate=2, depth=3) on head"),
+        (Rule(FC(2), where=layer("a.*") | layer("b[!1-3]")), "FC(rate=2, depth=2) on a.*, b[!1-3]"),
+        (Rule(FC(2), where=layer("a b") | layer("")), "FC(rate=2, depth=2) on 'a b', ''"),
+        (Rule(FC(2), where=layer("a{0,1}") | layer("[")), "FC(rate=2, depth=2) on 'a{0,1}', '['"),
+        (
+            Rule(FC(2), where=layer("a") & ~layer(bias=True)),
+            "FC(rate=2, depth=2) on layer(name='a') & ~layer(bias=True)",
+        ),
+        (Rule(FC(2), where=layer("a", groups=1)), "FC(rate=2, depth=2) on layer(name='a', groups=1)"),
+        (Rule(FC(2), where=layer()), "FC(rate=2, depth=2) on layer()"),
+        (Rule(FC(2), where=width), "FC(rate=2, depth=2) on <width>"),
+        (Rule(FC(2), where=lambda site: True), "FC(rate=2, depth=2) on <lambda>"),
+        (Rule(FC(2), where=partial(max)), "FC(rate=2, depth=2) on <partial>"),
+        (Rule(FC(Fraction(1, 2))), "FC(rate=0.5, depth=2)"),  # type: ignore[arg-type]
+        (Rule(FC(Fraction(1, 3))), "FC(rate=Fraction(1, 3), depth=2)"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_rule_prints_as_it_is_parsed(rule: Rule, text: str) -> None:
+    assert str(rule) == text
 
 
 # Rules.
@@ -218,6 +243,9 @@ def test_rules_are_values() -> None:
     assert Rule(CL(2), where=where) == Rule(CL(2), where=where)
     assert hash(Rule(CL(2))) == hash(Rule(CL(2)))
     assert Rule(CL(2)) != Rule(CL(3))
+    assert Rule(CL(2), where=layer("a")) == Rule(CL(2), where=layer("a")) != Rule(CL(2), where=layer("b"))
+    assert layer("a") & width == layer("a") & width != layer("a") & (lambda site: site.out_channels > 4)
+    assert hash(layer(kernel_size=[1, 3]) | ~layer()) == hash(layer(kernel_size=(1, 3)) | ~layer())  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         Rule(CL(2)).where = where  # type: ignore[misc]
 
@@ -244,8 +272,8 @@ def told(*parts: str) -> Any:
         ([], ("rules: expected at least one", "found none", r"Use CL\(rate=4\)")),
         (None, ("rules: expected a Rule or a strategy", "found None")),
         (3, ("expected a Rule or a strategy", "found 3")),
-        ("CL(4)", ("expected a Rule or a strategy", r"found 'CL\(4\)'")),
-        ([CL(2), "FC"], ("expected a Rule or a strategy", "found 'FC'")),
+        ("CL(4)", ("expected a Rule or a strategy", r"found 'CL\(4\)'", r"Use parse_rules\('CL\(4\)'\)")),
+        ([CL(2), "FC"], ("expected a Rule or a strategy", "found 'FC'", r"Use parse_rules\('FC'\)")),
         (CL, ("expected a Rule or a strategy", "found <class", r"Use CL\(rate=4\)")),
         ([CL(2), FC], (r"Use FC\(rate=4\)",)),
     ],
@@ -317,7 +345,7 @@ def test_filters_combine_with_functions_only() -> None:
 
 
 def test_a_rule_with_a_where_that_matches_nothing_is_an_error_that_shows_the_layers() -> None:
-    rule = r"Rule\(CL\(rate=2.*where=layer\(name='nothing'\)\) matches no layer"
+    rule = r"CL\(rate=2, keep_input=False\) on nothing matches no layer"
     with told(rule, r"features\.0 \(Conv2d 7×7, 3 -> 8\)", "and 3 more", r"Choose others with Rule\(strategy, where="):
         fxexpand.expand(Net(), [FC(2), Rule(CL(2), where=layer("nothing"))])
 
@@ -335,7 +363,7 @@ def test_a_condition_that_holds_for_layers_of_another_kind_is_told_so() -> None:
 
 
 def test_bare_strategies_that_match_nothing_at_all_are_an_error() -> None:
-    with told(r"no rule matches any layer: CK\(rate=4.*\), FC\(rate=2", r"0 \(Conv2d 3×3, 2 -> 2\)"):
+    with told(r"no rule matches any layer: CK\(rate=4.*\); FC\(rate=2", r"0 \(Conv2d 3×3, 2 -> 2\)"):
         fxexpand.expand(nn.Sequential(nn.Conv2d(2, 2, 3)), [CK(4), FC(2)])
     with told("no rule matches any layer", "The model has no convolution or linear layer"):
         fxexpand.expand(nn.Sequential(nn.ReLU()), CL(2))
@@ -344,6 +372,17 @@ def test_bare_strategies_that_match_nothing_at_all_are_an_error() -> None:
 def test_a_bare_strategy_beside_others_may_match_nothing() -> None:
     big = fxexpand.expand(nn.Sequential(nn.Linear(2, 2)), [CK(4), CL(2), FC(2)])
     assert "0.linear_0.weight" in big.state_dict()
+
+
+def test_rules_that_share_a_condition_answer_for_it_together() -> None:
+    """As in "CK(4)+FC(2) on classifier.*": whichever of them takes what is there."""
+    where = layer("head") | layer("sequence")
+    assert chosen(Rule(CK(4), where=layer("head")), Rule(FC(2), where=layer("head"))) == {"head": "FC"}
+    assert chosen(Rule(FC(2), where=where), Rule(CL(2), where=where)) == {"sequence": "CL", "head": "FC"}
+    with told(r"CL\(rate=2, keep_input=False\) on head matches no layer"):
+        chosen(Rule(CL(2), where=layer("head")), Rule(CK(2), where=layer("head")), FC(2))
+    with told("on <lambda> matches no layer"):
+        chosen(Rule(CL(2), where=lambda site: not site.dims), Rule(FC(2), where=lambda site: not site.dims))
 
 
 def test_an_error_of_a_condition_is_its_own() -> None:

@@ -9,10 +9,10 @@ import torch
 import typer
 from rich.console import Console
 
-from fxexpand.demo.machine import library_version
 from fxexpand.demo.settings import Settings
 from fxexpand.demo.smallnet import PADDING
 from fxexpand.errors import FxExpandError
+from fxexpand.version import library_version
 
 DEFAULTS = Settings()
 INTERRUPTED = 130

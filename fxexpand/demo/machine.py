@@ -1,19 +1,10 @@
-"""What the figures were measured with: the library's version and the machine."""
+"""What the figures were measured with: the machine."""
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
-
-def library_version() -> str:
-    """The version of the installed fxexpand; "not installed" when it is imported from a bare source tree."""
-    try:
-        return version("fxexpand")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def machine() -> dict[str, str | int | None]:

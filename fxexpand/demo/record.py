@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fxexpand.demo.compare import Result
-from fxexpand.demo.machine import library_version, machine
+from fxexpand.demo.machine import machine
 from fxexpand.demo.settings import Settings
+from fxexpand.version import library_version
 
 
 def results_json(results: Sequence[Result], settings: Settings) -> bytes:

@@ -74,9 +74,9 @@ def _walk_graph(gm: fx.GraphModule, prefix: str, seen: set[int]) -> Iterator[tup
                 yield call_site.path, call_site
 
 
-def layer_site(layer: nn.Module, path: str, *, expanded: bool) -> Site:
+def layer_site(layer: nn.Module, path: str, *, reads_input: bool, expanded: bool) -> Site:
     """The site of a layer that no graph calls yet; ``expanded``: it belongs to an expansion."""
-    return replace(_module_site(layer, (), reads_input=False, expanded=expanded), path=path)
+    return replace(_module_site(layer, (), reads_input=reads_input, expanded=expanded), path=path)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -38,3 +38,13 @@ def leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
     for name, part in module._modules.items():
         if part is not None:
             yield from leaves(part, f"{path}.{name}" if path else name)
+
+
+def entrances(module: nn.Module) -> Iterator[nn.Module]:
+    """What a structure calls on the very signal that it is given: the first of a chain, and of each branch."""
+    if not isinstance(module, (Series, Sum)):
+        yield module
+        return
+    parts = list(module.children())
+    for part in parts if isinstance(module, Sum) else parts[:1]:
+        yield from entrances(part)

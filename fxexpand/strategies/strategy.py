@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import floor, isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import ClassVar
 
 from torch import nn
@@ -77,6 +77,19 @@ class Strategy(ABC):
     def reaches(self, site: Site) -> bool:
         """Whether the bare strategy, without a ``where``, is meant for this layer. All of its kind, by default."""
         return True
+
+    def __str__(self) -> str:
+        """As it is written in Python and in rules: ``CL(rate=4, keep_input=False)``."""
+        shown = [field.name for field in fields(self) if field.repr]
+        return f"{type(self).__name__}({', '.join(f'{name}={_written(getattr(self, name))}' for name in shown)})"
+
+
+def _written(value: object) -> str:
+    """A value of a field: other strategies as themselves, and numbers of other libraries as Python's, if they are."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        plain = int(value) if isinstance(value, Integral) else float(value)
+        return repr(plain if plain == value else value)
+    return str(value) if isinstance(value, Strategy) else repr(value)
 
 
 @dataclass(frozen=True)

@@ -50,5 +50,7 @@ class Then(Strategy):
     def reaches(self, site: Site) -> bool:
         return self.first.reaches(site)
 
-    def __repr__(self) -> str:
-        return f"{self.first!r}.then({self.second!r})"
+    def __str__(self) -> str:
+        return f"{self.first}.then({self.second})"
+
+    __repr__ = __str__

@@ -61,7 +61,7 @@ def test_no_rules() -> None:
 
 
 def test_what_is_no_rule() -> None:
-    assert_refused(net(), ["CL(4)"], RuleError, "expected a Rule or a strategy", "'CL(4)'")
+    assert_refused(net(), ["CL(4)"], RuleError, "expected a Rule or a strategy", "parse_rules('CL(4)')")
     assert_refused(net(), CL, RuleError, "Use CL(rate=4)")
 
 
@@ -73,7 +73,7 @@ def test_a_strategy_that_reaches_nothing() -> None:
 
 def test_a_rule_whose_where_matches_nothing_beside_one_that_does() -> None:
     rule = Rule(CL(2), where=layer(name="nothing.*"))
-    assert_refused(net(), [FC(2), rule], RuleError, "layer(name='nothing.*')", "matches no layer", "0 (Conv2d 3×3")
+    assert_refused(net(), [FC(2), rule], RuleError, "on nothing.* matches no layer", "0 (Conv2d 3×3")
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:

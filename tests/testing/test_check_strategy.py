@@ -10,17 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from fxexpand import CK, CL, FC
+import fxexpand
+from fxexpand import CK, CL, FC, DiverseBranch, MobileOne, RepVGG
 from fxexpand.algebra import Kernel, Refusal
-from fxexpand.strategies import Strategy
-from fxexpand.testing import PropertyError, check_strategy
+from fxexpand.strategies import Series, Strategy, Sum
+from fxexpand.testing import PropertyError, as_trained, check_strategy
+
+OURS = (CL(1), CL(2), CK(4), FC(1.5, depth=3), MobileOne(2, True), DiverseBranch(True), RepVGG().then(CL(2)))
 
 
-@pytest.mark.parametrize("strategy", [CL(1), CL(2), CK(4), FC(1.5, depth=3)], ids=str)
+@pytest.mark.parametrize("strategy", OURS, ids=str)
 def test_those_of_the_library(strategy: Strategy) -> None:
-    report = check_strategy(strategy, max_examples=30)
-    assert 0 < report.expanded <= 30
-    assert report.expanded + sum(report.refused.values()) >= 30
+    report = check_strategy(strategy, max_examples=20)
+    assert 0 < report.expanded <= 20
+    assert report.expanded + sum(report.refused.values()) >= 20
     assert str(report).startswith(f"{strategy}: {report.expanded} layers expanded")
 
 
@@ -63,6 +66,37 @@ class Tail(Strategy):
 
 def test_a_user_s_own() -> None:
     assert check_strategy(Tail(), max_examples=50).refused == {}
+
+
+@dataclass(frozen=True)
+class Pyramid(Strategy):
+    """Branches of a user's own, with nothing said of their weights."""
+
+    batch_norm: bool = False
+
+    def reaches(self, site: Any) -> bool:
+        return any(k > 1 for k in site.kernel_size) and (site.has_bias or not self.batch_norm)
+
+    def layers(self, site: Any) -> Sum:
+        half = tuple((k + 1) // 2 for k in site.kernel_size)
+        branches = {"whole": site.branch(site.kernel_size), "inner": site.branch(half), "point": site.branch(1)}
+        if not self.batch_norm:
+            return Sum(branches)
+        return Sum({name: Series({"part": branch, "norm": site.norm()}) for name, branch in branches.items()})
+
+
+@pytest.mark.parametrize("strategy", [Pyramid(), Pyramid(batch_norm=True), CL(2).then(Pyramid())], ids=str)
+def test_branches_of_a_user_s_own_work_with_every_pass(strategy: Strategy) -> None:
+    assert check_strategy(strategy, max_examples=10).expanded
+    layers = nn.Conv2d(3, 4, 5, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2)
+    model = as_trained(nn.Sequential(*layers).double()).eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    big = as_trained(fxexpand.expand(model, strategy)).eval()
+    fused = fxexpand.fuse(big, x)
+    assert sum(isinstance(module, nn.Conv2d) for module in fused.modules()) == 2
+    for made in (fused, fxexpand.contract(big), fxexpand.collapse(big), fxexpand.uncollapse(fxexpand.collapse(big, x))):
+        assert fxexpand.verify(big, made, x) < 1e-11
+    assert "whole" in str(fxexpand.explain(big, x)) + str(fxexpand.summary(big, x))
 
 
 @pytest.mark.parametrize(
