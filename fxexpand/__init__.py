@@ -8,10 +8,12 @@ from fxexpand.optim.effective_decay import effective_decay
 from fxexpand.optim.parameter_groups import parameter_groups
 from fxexpand.passes.collapse import collapse, uncollapse
 from fxexpand.passes.contract import contract
+from fxexpand.passes.counterpart import counterpart
 from fxexpand.passes.expand import expand
 from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
 from fxexpand.passes.manifest import manifest
+from fxexpand.passes.transfer import transfer
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule
@@ -36,6 +38,7 @@ __all__ = [
     "VerificationError",
     "collapse",
     "contract",
+    "counterpart",
     "effective_decay",
     "expand",
     "explain",
@@ -46,6 +49,7 @@ __all__ = [
     "parse_rules",
     "summary",
     "trace",
+    "transfer",
     "uncollapse",
     "verify",
 ]

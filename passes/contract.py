@@ -14,6 +14,7 @@ from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
 from fxexpand.graph.assembly import TRAINING
+from fxexpand.graph.counterpart import Counterpart
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
@@ -48,6 +49,7 @@ def contract(model: nn.Module) -> nn.Module:
             "expand(model, the same rules) and contract that."
         )
     if not any(isinstance(module, Expanded) for module in model.modules()):
+        _check_is_no_counterpart(model)
         raise ContractionError(
             "contract: expected a model that fxexpand.expand has made, found no expanded layer in it. "
             "Pass the expanded model itself; fusing layers that were never expanded is another pass."
@@ -58,6 +60,15 @@ def contract(model: nn.Module) -> nn.Module:
         plans = [_plan(work, path, expanded) for path, expanded in expansions.items()]
         work = _install(work, plans)
     return work
+
+
+def _check_is_no_counterpart(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, Counterpart):
+            raise ContractionError(
+                f"{path or 'the model'}: expected an expansion, found the nonlinear counterpart of one: its layers are "
+                "not one layer. Contract transfer(counterpart, expanded)."
+            )
 
 
 @dataclass(frozen=True)

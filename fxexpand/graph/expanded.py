@@ -18,7 +18,7 @@ from fxexpand.graph.geometry import Geometry
 from fxexpand.graph.structure import Series, Sum, leaves
 
 # What marks the layers of expansions, so that they are known where some other pass has dropped what holds them.
-_MARK = "part_of_expansion"
+MARK = "part_of_expansion"
 
 # The name of the padding module that stands before the layers where no layer can pad as asked.
 PAD = "pad"
@@ -67,18 +67,33 @@ class CallOrigin:
         return f"{self.function.__name__}()"
 
 
-class Expanded(nn.Module):
-    """The layers that stand for one layer, under its path: ``features.0.expand``, ``features.0.kernel``, …
+class StandIn(nn.Module):
+    """What stands in the place of one layer, ``origin``, and has its hyperparameters (``in_channels``, …).
 
-    Calling it applies them, in turn or side by side. It also answers for the layer that it replaces: ``weight`` and
-    ``bias`` are composed from the layers, differentiably, and hyperparameters (``in_channels``, …) are the old layer's.
-    So code that reads a layer's weight instead of calling it keeps its function. ``strategy`` is what said which layers
-    these are.
+    ``strategy`` is what said which layers it holds.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         origin: LayerOrigin | CallOrigin
         strategy: object
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = vars(self).get("origin")
+            if isinstance(origin, LayerOrigin) and not name.startswith("_") and name in vars(origin.template):
+                return vars(origin.template)[name]
+            raise
+
+
+class Expanded(StandIn):
+    """The layers that stand for one layer, under its path: ``features.0.expand``, ``features.0.kernel``, …
+
+    Calling it applies them, in turn or side by side. It also answers for the layer that it replaces: ``weight`` and
+    ``bias`` are composed from the layers, differentiably, and hyperparameters are the old layer's. So code that reads a
+    layer's weight instead of calling it keeps its function.
+    """
 
     @staticmethod
     def of(structure: Series | Sum, origin: LayerOrigin | CallOrigin, strategy: object) -> Expanded:
@@ -86,7 +101,7 @@ class Expanded(nn.Module):
         expanded: Expanded = (ExpandedSum if isinstance(structure, Sum) else ExpandedChain)(structure._modules)
         expanded.origin, expanded.strategy = origin, strategy
         for _, layer in leaves(expanded):
-            setattr(layer, _MARK, True)
+            setattr(layer, MARK, True)
         return expanded
 
     @property
@@ -158,15 +173,6 @@ class Expanded(nn.Module):
             raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {kernel}")
         return kernel
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            origin = vars(self).get("origin")
-            if isinstance(origin, LayerOrigin) and not name.startswith("_") and name in vars(origin.template):
-                return vars(origin.template)[name]
-            raise
-
 
 class ExpandedChain(Expanded, Series):
     """An expansion into layers one after another: y = reduce(kernel(expand(x)))."""
@@ -179,7 +185,7 @@ class ExpandedSum(Expanded, Sum):
 def strays(model: nn.Module) -> list[str]:
     """The paths of layers of an expansion that no longer stand in one."""
     held = {id(layer) for module in model.modules() if isinstance(module, Expanded) for layer in module.modules()}
-    return [path for path, module in model.named_modules() if hasattr(module, _MARK) and id(module) not in held]
+    return [path for path, module in model.named_modules() if MARK in vars(module) and id(module) not in held]
 
 
 def _where_it_counts(dilation: Ints, shape: tuple[int, ...]) -> Ints:

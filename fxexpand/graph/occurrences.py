@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.expanded import Expanded
-from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, source_of
+from fxexpand.graph.rewrite import Edit, EditStep, source_of
 from fxexpand.graph.structure import Series, Sum, leaves
 
 # The step that stands for an expansion, given the path of the expansion in a graph module.
-Step: TypeAlias = "Callable[[str], ModuleStep | FunctionStep]"
+Step: TypeAlias = "Callable[[str], EditStep]"
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
