@@ -21,17 +21,21 @@ class OtherUses:
     """Who holds, reads or may read the parameters of a model.
 
     ``owners``: id of a parameter -> the modules that hold it, with names. ``reads``: id of a parameter -> the nodes, of
-    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id.
+    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id. ``askers``:
+    those of them that hold others, with the ids of all that they hold.
     """
 
     owners: dict[int, list[tuple[nn.Module, str]]]
     reads: dict[int, list[fx.Node]]
     running: dict[int, nn.Module]
+    askers: list[tuple[nn.Module, set[int]]]
 
     @staticmethod
     def of(model: nn.Module) -> OtherUses:
         graphs, code = running(model)
-        return OtherUses(parameter_owners(model), _reads(graphs), code)
+        parents = [module for module in code.values() if module._modules and not is_opaque(module)]
+        askers = [(module, {id(inner) for inner in module.modules()}) for module in parents]
+        return OtherUses(parameter_owners(model), _reads(graphs), code, askers)
 
     def refusal(self, site: Site) -> Refusal | None:
         """Why the weight and bias of ``site`` are not its alone, or None where they are."""
@@ -77,10 +81,8 @@ class OtherUses:
         layer = site.module
         if layer is None:
             return None
-        for module in self.running.values():
-            if is_opaque(module) or module is layer or not any(m is layer for m in module.modules()):
-                continue
-            found = question(module, layer, site.path.rpartition(".")[2])
+        for module, held in self.askers:
+            found = question(module, layer, site.path.rpartition(".")[2]) if id(layer) in held else None
             if found is not None:
                 return Refusal(f"the code of {type(module).__name__}, which has no graph, {found}; {_SILENT}")
         return None
