@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxexpand.graph.layers import has_hooks, is_opaque
+from fxexpand.graph.layers import is_opaque
 from fxexpand.graph.state import plain_attributes
 from fxexpand.graph.tree import submodule
 from fxexpand.graph.uses import running
@@ -81,8 +81,8 @@ def _written(graphs: list[fx.GraphModule], code: list[nn.Module]) -> frozenset[i
 
 
 def _changed_by(module: nn.Module) -> Iterable[Tensor | None]:
-    """What calling ``module`` may change of its own: nobody has looked into foreign code, and hooks."""
-    if is_foreign(module) or has_hooks(module):
+    """What calling ``module`` may change of its own: nobody has looked into foreign code."""
+    if is_foreign(module):
         own = (*module._parameters.values(), *module._buffers.values(), *plain_attributes(module).values())
         return [tensor for value in own for tensor in _tensors_in(value)]
     if isinstance(module, nn.modules.batchnorm._NormBase):  # also normalises instances

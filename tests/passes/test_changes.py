@@ -155,6 +155,32 @@ def test_what_changes_is_no_constant(run: Callable[[Any, Tensor], Any], change: 
     keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(3)))
 
 
+def beside_a_hook(m: Any, x: Tensor) -> Any:
+    c = m.b(x)
+    y = m.instance(x)
+    y.add_(1)
+    return c + m.a(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Identity(), nn.Sequential(nn.Conv2d(4, 4, 1))])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module: module.register_forward_hook(lambda m, args, y: args[0]),
+        lambda module: module.register_forward_pre_hook(lambda m, args: args[0].mul_(2)),
+        lambda module: module.register_forward_hook(lambda m, args, y: args[0].mul_(2)),
+    ],
+    ids=["gives the input", "changes the input before", "changes the input after"],
+)
+@pytest.mark.parametrize("change", PASSES.values(), ids=PASSES)
+def test_what_a_hook_changes(layer: nn.Module, hook: Callable[[Any], Any], change: Callable[..., nn.Module]) -> None:
+    model: Any = Layers(beside_a_hook)
+    model.instance = copy.deepcopy(layer)
+    hook(model.instance)
+    with torch.no_grad():
+        keeps(as_trained(model.double()).eval(), change, torch.randn(2, 4, 6, 6, dtype=DOUBLE))
+
+
 class ShrinksWhatAListHolds(nn.Module):
     """No graph stands for it; its layers are a graph of their own, of which it holds a weight in a list."""
 
