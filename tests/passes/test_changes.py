@@ -206,6 +206,32 @@ def test_a_weight_that_a_list_holds_is_changed_in_the_result_alone(change: Calla
     assert made.held[0] is made.body.get_parameter("0.weight")
 
 
+class ShrinksAnother(nn.Module):
+    """No graph stands for it; it writes to a layer that it holds as ``other``."""
+
+    def __init__(self, layer: nn.Module, *, hidden: bool) -> None:
+        super().__init__()
+        self.held: Any = {"other": (layer,)} if hidden else nn.ModuleDict({"other": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        other = self.held["other"][0] if isinstance(self.held, dict) else self.held["other"]
+        with torch.no_grad():
+            other.weight.mul_(0.5)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["a child", "in a plain attribute"])
+@pytest.mark.parametrize("change", [PASSES["fuse"], PASSES["fuse, with inputs"]])
+def test_a_weight_that_another_module_writes_to_is_no_constant(hidden: bool, change: Callable[..., nn.Module]) -> None:
+    conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    model = as_trained(nn.Sequential(ShrinksAnother(conv, hidden=hidden), conv, norm).double()).eval()
+    keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(2)))
+    with pytest.raises(fxexpand.ExpansionError, match="write to its weight"):
+        fxexpand.expand(model, CL(2))
+
+
 class CountsInTwoGraphs(nn.Module):
     """No graph stands for it; one of the two in it changes a buffer that the other one reads."""
 
