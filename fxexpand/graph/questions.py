@@ -17,9 +17,10 @@ _WALKS = {"modules", "named_modules", "parameters", "named_parameters"}
 _TENSORS = {"weight", "bias"}
 
 
-def question(asker: nn.Module, layer: nn.Module, name: str) -> str | None:
-    """What the code of ``asker``'s class does with ``layer``, which it holds as ``name``, that it could not do with an
-    expansion; or None.
+def question(asker: nn.Module, layer: nn.Module, name: str | None) -> str | None:
+    """What the code of ``asker``'s class does with ``layer``, and could not do with an expansion in its place; or None.
+
+    ``name`` is the one under which ``asker`` holds it, None where that is not known.
 
     Calling an expansion, and reading its weight, is as good as calling and reading the layer. It is another class,
     holds other modules and parameters, and what is written to the weight that it composes is lost. Read from the names
@@ -59,13 +60,13 @@ def _writes(name: str) -> bool:
     return name == "data" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _reads_tensors_of(code: CodeType, name: str) -> bool:
-    """Whether ``code`` reads the weight or bias of ``self.name``, or of a module that it does not call by a name."""
+def _reads_tensors_of(code: CodeType, name: str | None) -> bool:
+    """Whether ``code`` reads the weight or bias of ``self.name``, or of a module whose name is not known."""
     before: dis.Instruction | None = None
     for step in dis.get_instructions(code):
         if step.argval in _TENSORS and step.opname.startswith("LOAD_"):
             attribute = before is not None and before.opname == "LOAD_ATTR"
-            if before is None or not attribute or before.argval == name:
+            if before is None or not attribute or name is None or before.argval == name:
                 return True
         before = step
     return False

@@ -37,10 +37,11 @@ def trace(model: nn.Module, *, leaves: Iterable[type[nn.Module]] = ()) -> nn.Mod
 
     Layers (``ConvNd``, ``Linear``, ``BatchNormNd`` and their subclasses that keep ``forward``), modules of torch itself
     and instances of ``leaves`` stay ``call_module`` nodes. So do modules that a graph cannot stand for: those whose
-    control flow depends on data, that read ``self.training``, that keep state of their own, or that have hooks. They
-    are traced for themselves; where that is impossible, their largest traceable submodules are. So a model whose root
-    cannot be traced comes back as a copy of itself that holds GraphModules. Annotate functions of ``fx.wrap`` with
-    ``-> Tensor``: what calls them might otherwise ask whether they returned None, and is kept.
+    control flow depends on data, that read ``self.training``, that keep state of their own, in them or outside of them,
+    or that have hooks. They are traced for themselves; where that is impossible, their largest traceable submodules
+    are. So a model whose root cannot be traced comes back as a copy of itself that holds GraphModules. Annotate
+    functions of ``fx.wrap`` with ``-> Tensor``: what calls them might otherwise ask whether they returned None, and is
+    kept.
 
     While it traces, FX and this function replace methods of ``nn.Module`` for all threads: run no model in another one.
 

@@ -52,6 +52,21 @@ def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
     return value
 
 
+def modules_beside(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that ``module`` holds in plain attributes, also in lists, tuples and dictionaries."""
+    for name, value in vars(module).items():
+        if name not in _INTERNAL:
+            yield from _modules_in(value)
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item)
+
+
 def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """id of each parameter -> the modules that hold it and the names they hold it under.
 

@@ -11,7 +11,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.layers import attributes_named, is_opaque
 from fxexpand.graph.questions import question
 from fxexpand.graph.site import Site
-from fxexpand.graph.tree import parameter_owners, submodule
+from fxexpand.graph.tree import modules_beside, parameter_owners, submodule
 
 _SILENT = "it would compute something else with the layers of an expansion in its place"
 
@@ -21,17 +21,25 @@ class OtherUses:
     """Who holds, reads or may read the parameters of a model.
 
     ``owners``: id of a parameter -> the modules that hold it, with names. ``reads``: id of a parameter -> the nodes, of
-    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id.
+    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id. ``askers``:
+    those of them that hold others, with the ids of all that are inside, and of those that plain attributes hold.
     """
 
     owners: dict[int, list[tuple[nn.Module, str]]]
     reads: dict[int, list[fx.Node]]
     running: dict[int, nn.Module]
+    askers: list[tuple[nn.Module, set[int], set[int]]]
 
     @staticmethod
     def of(model: nn.Module) -> OtherUses:
         graphs, code = running(model)
-        return OtherUses(parameter_owners(model), _reads(graphs), code)
+        askers = []
+        for module in code.values():
+            beside = [] if is_opaque(module) else list(modules_beside(module))
+            if beside or (module._modules and not is_opaque(module)):
+                others = {id(inner) for held in beside for inner in held.modules()}
+                askers.append((module, {id(inner) for inner in module.modules()}, others))
+        return OtherUses(parameter_owners(model), _reads(graphs), code, askers)
 
     def refusal(self, site: Site) -> Refusal | None:
         """Why the weight and bias of ``site`` are not its alone, or None where they are."""
@@ -77,10 +85,11 @@ class OtherUses:
         layer = site.module
         if layer is None:
             return None
-        for module in self.running.values():
-            if is_opaque(module) or module is layer or not any(m is layer for m in module.modules()):
-                continue
-            found = question(module, layer, site.path.rpartition(".")[2])
+        name = site.path.rpartition(".")[2]
+        for module, inside, beside in self.askers:
+            found = None
+            if id(layer) in inside or id(layer) in beside:
+                found = question(module, layer, name if id(layer) not in beside else None)
             if found is not None:
                 return Refusal(f"the code of {type(module).__name__}, which has no graph, {found}; {_SILENT}")
         return None

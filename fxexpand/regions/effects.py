@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxexpand.graph.layers import is_layer
+from fxexpand.graph.layers import has_hooks, is_layer
 from fxexpand.graph.tree import submodule
 
 IN_PLACE_OPERATORS = {
@@ -58,7 +58,7 @@ class Effects:
         """Whether the value of ``node`` surely shares no memory with the values it is computed from."""
         if node.op == "call_module":
             module = self.modules[node]
-            return is_layer(module) or isinstance(module, _FRESH_MODULES)
+            return (is_layer(module) or isinstance(module, _FRESH_MODULES)) and not has_hooks(module)
         if "out" in node.kwargs:
             return False
         return node.target in (_FRESH_METHODS if node.op == "call_method" else _FRESH)
@@ -116,8 +116,8 @@ class Effects:
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether ``module`` runs code that is not torch's own."""
-    return not type(module).__module__.startswith("torch.") and not is_layer(module)
+    """Whether calling ``module`` runs code that is not torch's own, a hook perhaps."""
+    return has_hooks(module) or not (type(module).__module__.startswith("torch.") or is_layer(module))
 
 
 def is_foreign_function(target: Any) -> bool:

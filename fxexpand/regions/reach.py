@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxexpand.graph.layers import has_hooks, is_opaque
+from fxexpand.graph.layers import is_opaque
 from fxexpand.graph.state import plain_attributes
-from fxexpand.graph.tree import submodule
+from fxexpand.graph.tree import modules_beside, submodule
 from fxexpand.graph.uses import running
 from fxexpand.regions.constants import memory_of, memory_read
 from fxexpand.regions.effects import Effects, is_foreign
@@ -81,10 +81,17 @@ def _written(graphs: list[fx.GraphModule], code: list[nn.Module]) -> frozenset[i
 
 
 def _changed_by(module: nn.Module) -> Iterable[Tensor | None]:
-    """What calling ``module`` may change of its own: nobody has looked into foreign code, and hooks."""
-    if is_foreign(module) or has_hooks(module):
-        own = (*module._parameters.values(), *module._buffers.values(), *plain_attributes(module).values())
-        return [tensor for value in own for tensor in _tensors_in(value)]
+    """What calling ``module`` may change of what it holds: nobody has looked into foreign code."""
+    if is_foreign(module):
+        beside = [inner for held in modules_beside(module) for inner in (held, *_without_graphs(held))]
+        return [
+            tensor
+            for inner in (module, *_without_graphs(module), *beside)
+            if not isinstance(inner, fx.GraphModule)  # what its names are says whether code speaks of what is inside
+            for table in (inner._parameters, inner._buffers, plain_attributes(inner))
+            for value in table.values()
+            for tensor in _tensors_in(value)
+        ]
     if isinstance(module, nn.modules.batchnorm._NormBase):  # also normalises instances
         return module._buffers.values() if module.training else ()
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:

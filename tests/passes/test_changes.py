@@ -155,6 +155,32 @@ def test_what_changes_is_no_constant(run: Callable[[Any, Tensor], Any], change: 
     keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(3)))
 
 
+def beside_a_hook(m: Any, x: Tensor) -> Any:
+    c = m.b(x)
+    y = m.instance(x)
+    y.add_(1)
+    return c + m.a(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Identity(), nn.Sequential(nn.Conv2d(4, 4, 1))])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module: module.register_forward_hook(lambda m, args, y: args[0]),
+        lambda module: module.register_forward_pre_hook(lambda m, args: args[0].mul_(2)),
+        lambda module: module.register_forward_hook(lambda m, args, y: args[0].mul_(2)),
+    ],
+    ids=["gives the input", "changes the input before", "changes the input after"],
+)
+@pytest.mark.parametrize("change", PASSES.values(), ids=PASSES)
+def test_what_a_hook_changes(layer: nn.Module, hook: Callable[[Any], Any], change: Callable[..., nn.Module]) -> None:
+    model: Any = Layers(beside_a_hook)
+    model.instance = copy.deepcopy(layer)
+    hook(model.instance)
+    with torch.no_grad():
+        keeps(as_trained(model.double()).eval(), change, torch.randn(2, 4, 6, 6, dtype=DOUBLE))
+
+
 class ShrinksWhatAListHolds(nn.Module):
     """No graph stands for it; its layers are a graph of their own, of which it holds a weight in a list."""
 
@@ -178,6 +204,32 @@ def test_a_weight_that_a_list_holds_is_changed_in_the_result_alone(change: Calla
     keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(2)))
     made: Any = change(model, torch.randn(2, 4, 6, 6, dtype=DOUBLE))
     assert made.held[0] is made.body.get_parameter("0.weight")
+
+
+class ShrinksAnother(nn.Module):
+    """No graph stands for it; it writes to a layer that it holds as ``other``."""
+
+    def __init__(self, layer: nn.Module, *, hidden: bool) -> None:
+        super().__init__()
+        self.held: Any = {"other": (layer,)} if hidden else nn.ModuleDict({"other": layer})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        other = self.held["other"][0] if isinstance(self.held, dict) else self.held["other"]
+        with torch.no_grad():
+            other.weight.mul_(0.5)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["a child", "in a plain attribute"])
+@pytest.mark.parametrize("change", [PASSES["fuse"], PASSES["fuse, with inputs"]])
+def test_a_weight_that_another_module_writes_to_is_no_constant(hidden: bool, change: Callable[..., nn.Module]) -> None:
+    conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    model = as_trained(nn.Sequential(ShrinksAnother(conv, hidden=hidden), conv, norm).double()).eval()
+    keeps(model, change, *(torch.randn(2, 4, 6, 6, dtype=DOUBLE) for _ in range(2)))
+    with pytest.raises(fxexpand.ExpansionError, match="write to its weight"):
+        fxexpand.expand(model, CL(2))
 
 
 class CountsInTwoGraphs(nn.Module):
