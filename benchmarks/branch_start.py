@@ -5,7 +5,8 @@ the same fresh compact network; with batch norm in the branches, zero is the wei
 table shows the training loss and the test error at the end, mean ± standard deviation over the seeds, and the compact
 network's. Expected: as drawn is no worse, for a branch of several layers that starts at zero trains one layer at first.
 
-Run as ``python -m benchmarks.branch_start [--seeds N] [--epochs N] [--json FILE]``; a few minutes on one core.
+Run as ``python -m benchmarks.branch_start [--seeds N] [--epochs N] [--json FILE]``; ten minutes on one core. A row is
+written as soon as it is known, and what the file has is not trained again.
 """
 
 from __future__ import annotations
@@ -79,23 +80,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to FILE, with the machine named")
     options = parser.parse_args()
     settings, data = Settings(epochs=options.epochs), digits()
-    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {"machine": machine(), "seeds": options.seeds, "epochs": options.epochs, "rows": []}
+    if options.json is not None and options.json.exists():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        facts["rows"] = before["rows"] if all(before[key] == facts[key] for key in ("seeds", "epochs")) else []
     cases: list[tuple[Strategy | None, str]] = [(None, "")]
     cases += [(strategy, start) for strategy in STRATEGIES for start in ("drawn", "zero")]
     print(f"{'':42}{'start':8}{'training loss':>20}{'test error, %':>20}")
     for strategy, start in cases:
-        runs = [trained(strategy, start, seed, settings, data) for seed in range(options.seeds)]
-        losses, errors = zip(*runs, strict=True)
-        rows.append({"strategy": str(strategy or "compact"), "start": start, "losses": losses, "errors": errors})
-        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in (losses, errors)]
-        (loss, a), (error, b) = cells
-        print(
-            f"{strategy or 'compact'!s:42}{start:8}{loss:12.4f} ± {a:.4f}{100 * error:13.2f} ± {100 * b:.2f}",
-            flush=True,
-        )
-    if options.json is not None:
-        facts = {"machine": machine(), "seeds": options.seeds, "epochs": options.epochs, "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        name = str(strategy or "compact")
+        row = next((row for row in facts["rows"] if (row["strategy"], row["start"]) == (name, start)), None)
+        if row is None:
+            runs = [trained(strategy, start, seed, settings, data) for seed in range(options.seeds)]
+            losses, errors = zip(*runs, strict=True)
+            row = {"strategy": name, "start": start, "losses": losses, "errors": errors}
+            facts["rows"].append(row)
+            if options.json is not None:
+                options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        print(f"{name:42}{start:8}{_cell(row['losses'], 4)}{_cell([100 * e for e in row['errors']], 2)}", flush=True)
+
+
+def _cell(values: list[float], digits_shown: int) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits_shown}f} ± {deviation:.{digits_shown}f}".rjust(20)
 
 
 if __name__ == "__main__":

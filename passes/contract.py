@@ -18,13 +18,13 @@ from fxexpand.graph.counterpart import Counterpart
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of
+from fxexpand.graph.norms import NormUses
 from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
-from fxexpand.graph.site import norm_after
 from fxexpand.graph.trace import check_model
 from fxexpand.graph.traced import copy_model
 from fxexpand.graph.tree import replace_modules
-from fxexpand.passes.collapse import release_regions
+from fxexpand.passes.collapse import release_all
 
 
 def contract(model: nn.Module) -> nn.Module:
@@ -55,7 +55,7 @@ def contract(model: nn.Module) -> nn.Module:
             "Pass the expanded model itself; fusing layers that were never expanded is another pass."
         )
     work = copy_model(model, share=False)
-    release_regions(work)
+    release_all(work)
     while expansions := _innermost(work):
         plans = [_plan(work, path, expanded) for path, expanded in expansions.items()]
         work = _install(work, plans)
@@ -111,13 +111,13 @@ def _plan(work: nn.Module, path: str, expanded: Expanded) -> _Plan:
                     raise ContractionError(f"{path}: {found}. Undo the change, or contract before it.")
                 edits.append(found)
     sheds = kernel.bias is not None and not expanded.origin.geometry.has_bias
-    norms = [norm_after(edit.graph_module, edit.nodes[-1]) for edit in edits] if sheds else []
-    if sheds and not (norms and all(norm is not None for norm in norms)):
+    norms = NormUses.of(work).behind([(edit.graph_module, edit.nodes[-1]) for edit in edits]) if sheds else []
+    if norms is None:
         raise ContractionError(
             f"{path}: its branches add a bias, which the layer had not, and the batch norm that was to take it does "
-            "not follow any more. Undo the change, or contract before it."
+            "not follow any more, or is not its alone. Undo the change, or contract before it."
         )
-    return _Plan(expanded, kernel.detach(), tuple(edits), tuple(norm for norm in norms if norm is not None))
+    return _Plan(expanded, kernel.detach(), tuple(edits), tuple(norms))
 
 
 def _step(path: str, expanded: Expanded) -> ModuleStep | FunctionStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, ExpandedSum, LayerOrigin
+from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, ExpandedChain, ExpandedSum, LayerOrigin
 from fxexpand.graph.find import find_sites, layer_site
 from fxexpand.graph.geometry import DIMS
 from fxexpand.graph.lift import memory_format_of, pad_module
@@ -80,7 +81,11 @@ def expand(
 
 
 def _expanded(work: nn.Module, chosen: Sequence[tuple[Site, Strategy]], init: Init) -> nn.Module:
-    return _install(work, [_plan(site, strategy, init) for site, strategy in chosen])
+    plans = [_plan(site, strategy, init) for site, strategy in chosen]
+    inexact = "; ".join(plan.inexact for plan in plans if plan.inexact)
+    if inexact:
+        warnings.warn(f"expand: {inexact}", UserWarning, stacklevel=3)
+    return _install(work, plans)
 
 
 def _rebuilt(work: nn.Module, levels: Sequence[Sequence[Entry]], init: Init) -> nn.Module:
@@ -96,6 +101,7 @@ def _rebuilt(work: nn.Module, levels: Sequence[Sequence[Entry]], init: Init) -> 
 class _Plan:
     site: Site
     expanded: Expanded
+    inexact: str
 
 
 def _copied(model: nn.Module, *, share: bool) -> nn.Module:
@@ -117,10 +123,9 @@ def _plan(site: Site, strategy: Strategy, init: Init) -> _Plan:
     _check_geometry(site, strategy, expanded)
     if callable(init):
         init(site, {name: part for name, part in body(expanded)._modules.items() if name != PAD})
-    elif init == "preserve":
-        _preserve(site, strategy, expanded)
+    inexact = _preserve(site, strategy, expanded) if init == "preserve" else ""
     _carry_over(site, expanded)
-    return _Plan(site, expanded)
+    return _Plan(site, expanded, inexact)
 
 
 def _expansion(site: Site, strategy: Strategy) -> Expanded:
@@ -201,60 +206,81 @@ def _check_geometry(site: Site, strategy: Strategy, expanded: Expanded) -> None:
 
 
 def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
-    """Raise ``ExpansionError`` unless a user's strategy gave distinct layers under names that modules can have."""
+    """Raise ``ExpansionError`` unless a user's strategy gave distinct layers, with names that modules can have and the
+    dtype of the layer.
+    """
     named = isinstance(layers, (Mapping, Sum)) and all(isinstance(name, str) for name in layers)
     if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
         raise ExpansionError(
             f"{site}: {strategy}.layers() must give a mapping of names to modules, or a Sum, found {layers!r}."
         )
     given = dict(cast("Mapping[str, nn.Module]", layers).items())
-    held = (PAD, BRANCHES, "origin", "strategy")
-    taken = [name for name in given if "." in name or not name or hasattr(ExpandedSum, name) or name in held]
+    taken = [name for name in given if not _is_free(name, site)]
     if taken:
         raise ExpansionError(
             f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."
         )
-    inside = [module for part in given.values() for _, module in leaves(part)]
-    if len(set(map(id, inside))) < len(inside):
+    inside = [(name, module) for own, part in given.items() for name, module in leaves(part, own)]
+    if len({id(module) for _, module in inside}) < len(inside):
         raise ExpansionError(f"{site}: {strategy}.layers() gives one module twice. Make one for each name.")
+    weight = cast(Tensor, site.weight)
+    for name, module in inside:
+        for parameter in module.parameters():
+            lazy = torch.nn.parameter.is_lazy(parameter)
+            if lazy or parameter.dtype != weight.dtype:
+                found = "a lazy one" if lazy else f"{parameter.dtype}"
+                raise ExpansionError(
+                    f"{site}: {strategy}.layers(), {name}: expected parameters of {weight.dtype}, found {found}. Build "
+                    "layers by site.layer, site.branch and site.norm."
+                )
 
 
-def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> None:
-    """Give the layers weights that make up the weight of ``site``, computed in float64 and cast once."""
+def _is_free(name: str, site: Site) -> bool:
+    """Whether a layer can have this name in an expansion of ``site``."""
+    held = {PAD, BRANCHES, "origin", "strategy", *vars(nn.Module()), *vars(site.module or nn.Module())}
+    known = hasattr(ExpandedSum, name) or hasattr(ExpandedChain, name)
+    return bool(name) and "." not in name and not keyword.iskeyword(name) and not known and name not in held
+
+
+def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> str:
+    """Give the layers weights that make up the weight of ``site``, computed in float64 and cast once.
+
+    Returns what there is to say of them: how far they are from the layer, where its strategy does not keep it.
+    """
     weight, bias = cast(Tensor, site.weight), site.bias
     if weight.is_meta:  # there are no values to keep
-        return
+        return ""
     if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
         raise ExpansionError(f"{site}: its weight or bias holds NaN or infinity; mend it, or use init='standard'.")
     refusal = fill(expanded, weight, bias)
     if refusal is not None:
         raise ExpansionError(
-            f"{site}: {strategy} cannot keep the function: {refusal}. Use that, or init='standard', "
+            f"{site}: {strategy} cannot keep the function: {refusal}. Or use init='standard', "
             f"or exclude it with {_exclusion(site)}."
         )
-    _check_product(site, strategy, expanded)
+    return _check_product(site, strategy, expanded)
 
 
-def _check_product(site: Site, strategy: Strategy, expanded: Expanded) -> None:
-    """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer."""
+def _check_product(site: Site, strategy: Strategy, expanded: Expanded) -> str:
+    """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer.
+
+    By how much they are another one is what it returns, where the strategy only comes near.
+    """
     product, weight = expanded.as_kernel(torch.float64), cast(Tensor, site.weight)
     target = Kernel(weight, site.bias, groups=site.groups).detach().to(dtype=torch.float64)
     error = float("inf") if isinstance(product, Refusal) else _relative(product.detach(), target)
     # A thousand units in the last place, for strategies that are less careful than they could be.
     inexact = [module.strategy for module in expanded.modules() if isinstance(module, Expanded) and not _exact(module)]
-    if inexact and error < float("inf"):
-        warnings.warn(
-            f"expand: {site} as {inexact[0]} differs from the layer by {error:.1e} (relative)",
-            UserWarning,
-            stacklevel=2,
-        )
-        return
+    if inexact and not isinstance(product, Refusal):
+        difference = (product.weight.detach() - target.weight).norm() / target.weight.norm()
+        return f"{site} as {inexact[0]} differs from the layer by {float(difference):.1e} (relative)"
     most = min(_MOST, 1024 * torch.finfo(weight.dtype).eps)
     if not error <= most:
         raise ExpansionError(
             f"{site}: the factors of {strategy} differ from the layer by {error:.1e} (relative), expected at most "
             f"{most:.0e}. Mend its factorize(), expand in a wider dtype, or use init='standard'."
         )
+    return ""
 
 
 def _exact(expanded: Expanded) -> bool:

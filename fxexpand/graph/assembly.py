@@ -29,7 +29,12 @@ Cast: TypeAlias = Callable[[Any], Any]
 
 # Why batch norm is no part of a layer while it trains.
 TRAINING = "batch norm in training mode; call model.eval() first"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS: dict[type[nn.Module], int | None] = {
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.SyncBatchNorm: None,
+}
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
@@ -51,16 +56,16 @@ class Leaf:
         ``cast`` is what becomes of its tensors first. ``beside`` tells dtype and device where it has none; a parameter
         of ``root`` by default.
         """
-        module = at(root, self.path)
-        like = self.like.kernel
+        module, like = at(root, self.path), self.like.kernel
+        if self.fill is None and type(module) not in _NORMS:
+            return like.over(cast(module.weight), cast(module.bias))
+        beside = cast(next(root.parameters())) if beside is None else beside
         if self.fill is not None:
-            beside = cast(next(root.parameters())) if beside is None else beside
             return like.over(torch.full(like.weight.shape, self.fill, dtype=beside.dtype, device=beside.device), None)
-        if isinstance(module, _NORMS):
-            mean, var, weight, bias = map(cast, (module.running_mean, module.running_var, module.weight, module.bias))
-            scale, shift = normalizing(mean, var, weight, bias, module.eps)
-            return like.over(scale.reshape(like.weight.shape), shift)
-        return like.over(cast(module.weight), cast(module.bias))
+        mean, var, weight, bias = map(cast, (module.running_mean, module.running_var, module.weight, module.bias))
+        scale, shift = normalizing(mean, var, weight, bias, module.eps)
+        # Batch norm is often kept in float32 beside layers in half precision.
+        return like.over(scale.to(beside.dtype).reshape(like.weight.shape), shift.to(beside.dtype))
 
     def steps(self, size: Ints, batch: int) -> tuple[StepCost, StepCost]:
         """What a training step costs: applying it to ``batch`` signals of spatial size ``size``, and composing it."""
@@ -142,9 +147,12 @@ class _Planner:
     running: bool
 
     def planned(self, module: nn.Module, path: Path, channels: int) -> Assembly | Refusal:
-        inside = bool(path) and isinstance(module, (Series, Sum))
-        if inside and has_hooks(module):
-            return Refusal("it has hooks, which would be lost; remove them first", ".".join(path))
+        if path and isinstance(module, (Series, Sum)):
+            where = ".".join(path)
+            if has_hooks(module):
+                return Refusal("it has hooks, which would be lost; remove them first", where)
+            if type(module) not in (Series, Sum) and not hasattr(module, "origin"):  # as an expansion has
+                return Refusal(f"{type(module).__name__} may have a forward of its own; use Series or Sum", where)
         if isinstance(module, Series):
             return self._chain(module, path, channels)
         if isinstance(module, Sum):
@@ -222,6 +230,10 @@ def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
 def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel, *, running: bool) -> Leaf | Refusal:
     if norm.running_mean is None or norm.running_var is None:
         return Refusal("it keeps no running statistics: it normalises each batch by its own")
+    if neutral.dims == 0:
+        return Refusal("it normalises axis 1, where a linear layer has its features on the last one")
+    if _NORMS[type(norm)] not in (None, neutral.dims):
+        return Refusal(f"{type(norm).__name__} is not for signals with {neutral.dims} spatial axes")
     if norm.training and not running:
         return Refusal(TRAINING)
     shift = torch.empty(norm.num_features, dtype=torch.float64, device="meta")

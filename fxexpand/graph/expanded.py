@@ -92,7 +92,7 @@ class Expanded(StandIn):
 
     Calling it applies them, in turn or side by side. It also answers for the layer that it replaces: ``weight`` and
     ``bias`` are composed from the layers, differentiably, and hyperparameters are the old layer's. So code that reads a
-    layer's weight instead of calling it keeps its function.
+    layer's weight instead of calling it keeps its function; batch norm counts there by its running statistics.
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ class Expanded(StandIn):
     def _kernel(self) -> Kernel:
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):  # bfloat16 products would lose four digits
-            kernel = self.as_kernel()
+            kernel = self.as_kernel(running=True)
         if isinstance(kernel, Refusal):
             raise RuntimeError(f"the layers of this {self.origin.description} are no longer one layer: {kernel}")
         return kernel

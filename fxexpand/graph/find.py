@@ -13,6 +13,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.geometry import Geometry, geometry_of, padding_sides, spread
 from fxexpand.graph.layers import dtype_refusal, is_expandable_class, is_opaque, peculiarity
+from fxexpand.graph.norms import NormUses
 from fxexpand.graph.site import Call, Site
 from fxexpand.graph.traced import TracedModule
 from fxexpand.graph.uses import OtherUses, parameter_read
@@ -33,8 +34,15 @@ def find_sites(model: nn.Module) -> list[Site]:
             found[key] = replace(site, path=path)
         else:
             found[key] = _also_used(found[key], site)
-    uses = OtherUses.of(model)
-    return [replace(site, refusal=site.refusal or uses.refusal(site)) for site in found.values()]
+    uses, norms = OtherUses.of(model), NormUses.of(model)
+    return [
+        replace(site, refusal=site.refusal or uses.refusal(site), feeds_norm=_feeds_norm(site, norms))
+        for site in found.values()
+    ]
+
+
+def _feeds_norm(site: Site, norms: NormUses) -> bool:
+    return norms.behind([(call.graph_module, call.node) for call in site.calls], site.module) is not None
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int], *, inside: bool = False) -> Iterator[tuple[str, Site]]:

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from fxexpand.algebra.kernel import Ints, Sides
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import Geometry, spread
-from fxexpand.graph.layers import is_layer
 from fxexpand.graph.lift import pad_module
 from fxexpand.graph.structure import Series
 
@@ -34,7 +33,8 @@ class Site:
 
     ``path`` is its dotted path in the model; that of a functional call is its weight's. ``module`` is the layer, or
     None for a functional call, whose function is ``function``. ``calls`` are the graph nodes that use it: none in a
-    parent that cannot be traced. ``refusal`` says why no strategy can replace it, where that is so.
+    parent that cannot be traced. ``refusal`` says why no strategy can replace it, where that is so. ``feeds_norm``: at
+    each call, a batch norm of its own alone reads the output, so that a bias would be taken off again.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Site:
     reads_input: bool
     expanded: bool
     refusal: Refusal | None
+    feeds_norm: bool = False
 
     @property
     def dims(self) -> int:
@@ -105,12 +106,6 @@ class Site:
     def users(self) -> tuple[fx.Node, ...]:
         """The nodes that read the layer's output, over all its calls."""
         return tuple(user for call in self.calls for user in call.node.users)
-
-    @property
-    def feeds_norm(self) -> bool:
-        """Whether a batch norm of its own alone reads the output, at each call: it takes any bias off again."""
-        norms = [norm_after(call.graph_module, call.node) for call in self.calls]
-        return bool(norms) and None not in norms and len(set(map(id, norms))) == len(norms)
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that ``node`` calls, for a ``call_module`` node of a graph in which the layer is used."""
@@ -219,15 +214,3 @@ class Site:
 
 def _spread_sides(padding: Any, dims: int) -> tuple[Any, ...]:
     return (padding,) * dims if isinstance(padding, int) else tuple(padding)
-
-
-def norm_after(gm: fx.GraphModule, node: fx.Node) -> nn.modules.batchnorm._BatchNorm | None:
-    """The batch norm with running statistics that alone reads ``node``, and reads nothing else; None without one."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module":
-        return None
-    norm = gm.get_submodule(str(users[0].target))
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or not is_layer(norm):
-        return None
-    calls = [n for n in gm.graph.nodes if n.op == "call_module" and gm.get_submodule(str(n.target)) is norm]
-    return norm if len(calls) == 1 else None

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.errors import RuleError
 from fxexpand.graph.lift import pad_module
 from fxexpand.graph.site import Site
 from fxexpand.graph.structure import Series, Sum
-from fxexpand.strategies.strategy import Strategy
+from fxexpand.strategies.strategy import Strategy, check_flag
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Branching(Strategy):
     them as they are while they train, and ``contract`` takes the model in eval mode. The bias that batch norm adds goes
     to the layer's; where it has none, to the running mean of the batch norm behind it.
 
-    With ``init="preserve"`` all branches but the first start as they are drawn, and the first takes what they leave of
-    the layer's kernel: every branch trains from the first step, as it does from a fresh start. Batch norm starts as the
-    identity of eval mode.
+    With ``init="preserve"`` all branches but the first start as they are drawn, without biases and no larger than the
+    layer's kernel, and the first takes what they leave of it: every branch trains from the first step, as it does from
+    a fresh start. Batch norm starts as the identity of eval mode. It counts axis 1: inputs need a batch.
 
     Raises ``RuleError`` for a ``batch_norm`` that is neither True nor False.
     """
@@ -90,18 +89,6 @@ class Branching(Strategy):
         if self.batch_norm:
             return Series({**parts, "norm": site.norm()})
         return parts["pad"] if parts else nn.Identity()
-
-
-def check_flag(strategy: Strategy, name: str, value: object) -> None:
-    """Raise ``RuleError`` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise RuleError(f"{type(strategy).__name__}: {name} must be True or False, found {value!r}.")
-
-
-def check_count(strategy: Strategy, name: str, value: object, least: int) -> None:
-    """Raise ``RuleError`` unless ``value`` is an integer of at least ``least``."""
-    if type(value) is not int or value < least:
-        raise RuleError(f"{type(strategy).__name__}: {name} must be an integer of at least {least}, found {value!r}.")
 
 
 def _channels(site: Site) -> str:

@@ -20,7 +20,7 @@ from fxexpand.strategies.strategy import Strategy
 
 # Where branches stand in an expansion that pads before them.
 BRANCHES = "branches"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fill(expanded: Expanded, weight: Tensor, bias: Tensor | None) -> Refusal | None:
@@ -49,26 +49,57 @@ def _fill(expanded: Expanded, target: Kernel) -> Refusal | None:
     parts = [part for name, part in structure._modules.items() if name != PAD]
     if isinstance(expanded, ExpandedSum):
         target = replace(target, padding=expanded.origin.geometry.padding)
-    fresh = _kernels(parts, target, side_by_side=isinstance(structure, Sum))
-    found = fresh if isinstance(fresh, Refusal) else strategy.factorize(target, fresh)
-    if isinstance(fresh, Refusal) or isinstance(found, Refusal):
-        return cast(Refusal, found)
-    for part, kernel, own in zip(parts, found, fresh, strict=True):
-        refusal = None if kernel is own else _assign(part, kernel)
+    side_by_side = isinstance(structure, Sum)
+    if side_by_side:
+        _quieten(parts[1:], target)
+    own = _kernels(parts, target, side_by_side=side_by_side)
+    if isinstance(own, Refusal):
+        return own
+    fresh = own if side_by_side else [replace(kernel, padding=()) for kernel in own]
+    found: Any = strategy.factorize(target, fresh)
+    if isinstance(found, Refusal):
+        return found
+    if not (isinstance(found, Sequence) and len(found) == len(parts) and all(map(_fits, found, fresh))):
+        return Refusal(
+            f"{strategy}.factorize() must give a kernel of the same shape for each of its {len(parts)} parts"
+        )
+    for part, kernel, given, whole in zip(parts, found, fresh, own, strict=True):
+        refusal = None if kernel is given else _assign(part, replace(kernel, padding=whole.padding))
         if refusal is not None:
             return refusal
     return None
 
 
+def _fits(found: object, fresh: Kernel) -> bool:
+    return isinstance(found, Kernel) and found.weight.shape == fresh.weight.shape
+
+
+def _quieten(branches: Sequence[nn.Module], target: Kernel) -> None:
+    """Let ``branches`` start without biases, and no larger than ``target``, which would drown in what they cancel: the
+    last weight of a branch is made smaller where that is needed.
+    """
+    most = float(target.weight.square().sum().sqrt())
+    with torch.no_grad():
+        for branch in branches:
+            for layer in branch.modules():
+                if isinstance(layer, tuple(DIMS)) and layer.bias is not None:
+                    cast(Tensor, layer.bias).zero_()
+            kernel = _kernel(branch, target.in_channels, target)
+            size = 0.0 if isinstance(kernel, Refusal) else float(kernel.weight.square().sum().sqrt())
+            weights = [p for name, p in branch.named_parameters() if name.endswith("weight") and p.requires_grad]
+            if size > most and weights:
+                weights[-1].mul_(most / size)
+
+
 def _kernels(parts: Sequence[nn.Module], target: Kernel, *, side_by_side: bool) -> list[Kernel] | Refusal:
-    """The kernels of ``parts`` as they are; of a chain, without padding."""
+    """The kernels of ``parts`` as they are."""
     found: list[Kernel] = []
     for part in parts:
         channels = found[-1].out_channels if found and not side_by_side else target.in_channels
         kernel = _kernel(part, channels, target)
         if isinstance(kernel, Refusal):
             return kernel
-        found.append(kernel if side_by_side else replace(kernel, padding=()))
+        found.append(kernel)
     return found
 
 
@@ -83,6 +114,7 @@ def _assign(part: nn.Module, kernel: Kernel) -> Refusal | None:
         return _fill(part, replace(kernel, padding=()))
     if isinstance(part, Sum):
         branches = list(part.values())
+        _quieten(branches[1:], kernel)
         fresh = _kernels(branches, kernel, side_by_side=True)
         found = fresh if isinstance(fresh, Refusal) else remainder(kernel, fresh)
         return found if isinstance(found, Refusal) else _assign(branches[0], found[0])
@@ -112,9 +144,10 @@ def _assign_series(series: Series, kernel: Kernel) -> Refusal | None:
     if bool((scale == 0).any()):
         return Refusal("what comes after its first layer multiplies by zero")
     wanted = -shift if kernel.bias is None else kernel.bias - shift
-    if after and isinstance(after[-1], _NORMS) and getattr(layer, "bias", None) is None:
+    last = getattr(after[-1], "bias", None) if after and isinstance(after[-1], _NORMS) else None
+    if last is not None and getattr(layer, "bias", None) is None:
         with torch.no_grad():
-            after[-1].bias.add_(wanted.to(after[-1].bias.dtype))
+            last.add_(wanted.to(last.dtype))
         wanted = torch.zeros_like(wanted)
     weight = kernel.weight / scale.reshape(-1, *(1,) * (kernel.weight.dim() - 1))
     return _assign(layer, kernel.over(weight, wanted / scale))

@@ -12,8 +12,7 @@ from fxexpand.algebra.factorize import truncated
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
-from fxexpand.strategies.branching import check_count
-from fxexpand.strategies.strategy import Strategy
+from fxexpand.strategies.strategy import Strategy, check_count
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from fxexpand.algebra.kernel import Ints
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
 from fxexpand.graph.structure import Series, Sum
-from fxexpand.strategies.branching import check_count
-from fxexpand.strategies.strategy import Strategy
+from fxexpand.strategies.strategy import Strategy, check_count
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Orepa(Strategy):
 
     Identity: series and sums of convolutions are convolutions, scaling one included. Parameters without bias and
     groups: (2·K + 3 + e)·m·n + m² + e·K·m + 6·n for K taps and e = ``width``, the depthwise layer's channels for each
-    channel in. The prior filters are not learnt: half of the channels have cos(π·(t + ½)·(i + 1)/k) along one axis, the
-    others along the other. All scales start at 1/6.
+    channel in. The prior filters are not learnt: half of the channels have cos(π·(t + ½)·f/k) along one axis, the
+    others along the other, for f = 1, 2, … without the multiples of k, some of which vanish. All scales start at 1/√6:
+    their squares add up to 1, so a step moves the sum about as far as it would move one layer.
 
     The paper adds batch norm after the sum: expand a layer that has it behind it.
 
@@ -72,7 +72,7 @@ class Orepa(Strategy):
                 "point": site.layer(wide, n, bias=False),
             },
         }
-        return Sum({name: Series({**parts, "scale": site.scale(1 / 6)}) for name, parts in branches.items()})
+        return Sum({name: Series({**parts, "scale": site.scale(6**-0.5)}) for name, parts in branches.items()})
 
 
 def _parts(layer: nn.Module) -> dict[str, nn.Module]:
@@ -87,9 +87,10 @@ def _cosines(site: Site) -> nn.Module:
     share = -(-n // site.dims)  # channels along one axis
     with torch.no_grad():
         for channel in range(n):
-            axis, frequency = divmod(channel, share)
+            axis, number = divmod(channel, share)
             k = site.kernel_size[axis]
-            wave = torch.tensor([cos(pi * (t + 0.5) * (frequency + 1) / k) for t in range(k)])
+            frequency = number + 1 + number // (k - 1) if k > 1 else 0  # no multiples of k, some of which vanish
+            wave = torch.tensor([cos(pi * (t + 0.5) * frequency / k) for t in range(k)])
             shape: Ints = tuple(k if i == axis else 1 for i in range(site.dims))
             weight[channel, 0] = wave.reshape(shape).expand(site.kernel_size)
     weight.requires_grad_(False)

@@ -13,8 +13,7 @@ from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
 from fxexpand.graph.structure import Sum
-from fxexpand.strategies.branching import check_count, check_flag
-from fxexpand.strategies.strategy import Strategy, check_rate, widened
+from fxexpand.strategies.strategy import Strategy, check_count, check_flag, check_rate, widened
 
 
 @dataclass(frozen=True)

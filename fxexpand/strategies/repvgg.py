@@ -10,7 +10,8 @@ from torch import nn
 
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
-from fxexpand.strategies.branching import Branching, check_flag
+from fxexpand.strategies.branching import Branching
+from fxexpand.strategies.strategy import check_flag
 
 
 @dataclass(frozen=True)

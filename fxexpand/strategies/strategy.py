@@ -107,6 +107,7 @@ class Widening(Strategy):
 
     def __post_init__(self) -> None:
         check_rate(self, self.rate)
+        check_flag(self, "keep_input", self.keep_input)
 
     def widths(self, site: Site) -> tuple[int, int]:
         """(p, q): rate·m, or m where the input is kept, and rate·n."""
@@ -122,6 +123,18 @@ def check_rate(strategy: Strategy, rate: object) -> None:
     if isinstance(rate, bool) or not isinstance(rate, Real) or not isfinite(rate) or rate <= 0:
         name = type(strategy).__name__
         raise RuleError(f"{name}: rate must be a positive number, found {rate!r}. Use {name}(rate=4), for example.")
+
+
+def check_flag(strategy: Strategy, name: str, value: object) -> None:
+    """Raise ``RuleError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise RuleError(f"{type(strategy).__name__}: {name} must be True or False, found {value!r}.")
+
+
+def check_count(strategy: Strategy, name: str, value: object, least: int) -> None:
+    """Raise ``RuleError`` unless ``value`` is an integer of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise RuleError(f"{type(strategy).__name__}: {name} must be an integer of at least {least}, found {value!r}.")
 
 
 def widened(channels: int, rate: float, groups: int = 1) -> int:

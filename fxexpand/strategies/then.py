@@ -41,6 +41,10 @@ class Then(Strategy):
     def stages(self) -> tuple[Strategy, ...]:
         return *self.first.stages, self.second
 
+    @property
+    def collapses(self) -> bool:
+        return self.first.collapses and self.second.collapses
+
     def layers(self, site: Site) -> Mapping[str, nn.Module] | Sum | Refusal:
         return self.first.layers(site)
 

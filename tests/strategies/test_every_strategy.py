@@ -192,66 +192,6 @@ def test_whole_networks_with_branches_everywhere() -> None:
         assert fxexpand.verify(big, start, x) < 1e-11
 
 
-# A layer without bias, before batch norm
-
-
-def normed(*after: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return as_trained(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), *after).double()).eval()
-
-
-@pytest.mark.parametrize("strategy", [ACNet(True), RepVGG(True), MobileOne(2, True), DiverseBranch(True)], ids=str)
-def test_the_bias_of_branches_goes_to_the_batch_norm_behind_a_layer_without_one(strategy: Strategy) -> None:
-    model, x = normed(nn.BatchNorm2d(4), nn.ReLU()), random(2, 4, 7, 7)
-    big = fxexpand.expand(model, strategy)
-    assert fxexpand.verify(model, big, x) < 1e-12
-    big = as_trained(big)
-    before = {name: value.clone() for name, value in big.state_dict().items()}
-    small = fxexpand.contract(big)
-    assert fxexpand.verify(big, small, x) < 1e-12
-    assert list(small.state_dict()) == list(model.state_dict())
-    assert not torch.equal(small.state_dict()["1.running_mean"], before["1.running_mean"])
-    assert all(torch.equal(value, before[name]) for name, value in big.state_dict().items())
-    model.load_state_dict(small.state_dict(), strict=True)
-    assert fxexpand.verify(big, model, x) < 1e-12
-    fast = fxexpand.collapse(big)
-    assert fxexpand.verify(fast, fxexpand.contract(fast), x) < 1e-12
-    assert kernels(fxexpand.fuse(big)) == 1
-
-
-class Twice(nn.Module):
-    """One layer before two batch norms, or two layers before one."""
-
-    def __init__(self, layers: int, norms: int) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(layers))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(norms))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i in range(2):
-            x = self.norms[i % len(self.norms)](self.convs[i % len(self.convs)](x)).relu()
-        return x
-
-
-def test_each_call_needs_a_batch_norm_of_its_own() -> None:
-    model, x = as_trained(Twice(1, 2).double()).eval(), random(2, 4, 7, 7)
-    big = as_trained(fxexpand.expand(model, ACNet(True))).eval()
-    assert fxexpand.verify(big, fxexpand.contract(big), x) < 1e-12
-    for other in (Twice(2, 1), normed(nn.ReLU()), normed(nn.BatchNorm2d(4, track_running_stats=False))):
-        with pytest.raises(ExpansionError, match="there is no place for one"):
-            fxexpand.expand(other, ACNet(True))
-
-
-def test_a_batch_norm_that_is_gone_is_an_error() -> None:
-    big: Any = as_trained(fxexpand.expand(normed(nn.BatchNorm2d(4), nn.ReLU()), ACNet(True))).eval()
-    (node,) = [node for node in big.graph.nodes if node.target == "1"]
-    node.replace_all_uses_with(node.args[0])
-    big.graph.erase_node(node)
-    big.recompile()
-    with pytest.raises(ContractionError, match="does not follow any more"):
-        fxexpand.contract(big)
-
-
 # Nearest, not exact
 
 
