@@ -7,10 +7,12 @@ import dis
 import inspect
 from collections.abc import Iterator
 from functools import cache
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
+
+from fxexpand.graph.layers import hooks_of
 
 _FIXED = (bool, int, float, complex, str, bytes, type(None), type, BuiltinFunctionType)
 _FIXED_HOMES = frozenset({"collections", "functools", "math", "numpy", "operator", "torch", "torchvision", "typing"})
@@ -64,6 +66,35 @@ def functions_of(member: Any) -> Iterator[FunctionType]:
         function = inspect.unwrap(part) if callable(part) else None
         if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
             yield function
+
+
+def hook_code(module: nn.Module) -> list[CodeType]:
+    """The code of the hooks that calling ``module`` runs, as far as it can be read."""
+    return [code for hook in hooks_of(module) for code in nested(_code_of_hook(hook)[0])]
+
+
+def uses_its_module(hook: object) -> bool:
+    """Whether ``hook`` does anything with the module that it is given first."""
+    code, position = _code_of_hook(hook)
+    name = code.co_varnames[position] if len(code.co_varnames) > position else None
+    steps = [step for step in dis.get_instructions(code) if step.opname.startswith("LOAD_")]
+    return name is None or any(
+        name in (step.argval if isinstance(step.argval, tuple) else (step.argval,)) for step in steps
+    )
+
+
+def _code_of_hook(hook: Any) -> tuple[CodeType, int]:
+    """The code of ``hook``, and where the module is among its arguments; that of nothing, where none is known."""
+    if isinstance(hook, MethodType):
+        return hook.__func__.__code__, 1
+    if isinstance(hook, FunctionType):
+        return hook.__code__, 0
+    call = inspect.getattr_static(type(hook), "__call__", None)
+    return (call.__code__, 1) if isinstance(call, FunctionType) else (_nothing.__code__, 0)
+
+
+def _nothing() -> None:
+    """Stands for a hook that cannot be read: it has no arguments, so it may do anything."""
 
 
 def _methods(cls: Any, names: Any) -> Iterator[FunctionType]:

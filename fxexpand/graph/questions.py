@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -17,18 +18,17 @@ _WALKS = {"modules", "named_modules", "parameters", "named_parameters"}
 _TENSORS = {"weight", "bias"}
 
 
-def question(asker: nn.Module, layer: nn.Module, name: str | None) -> str | None:
-    """What the code of ``asker``'s class does with ``layer``, and could not do with an expansion in its place; or None.
+def question(codes: Iterable[CodeType], layer: nn.Module, name: str | None) -> str | None:
+    """What ``codes`` do with ``layer``, and could not do with an expansion in its place; or None.
 
-    ``name`` is the one under which ``asker`` holds it, None where that is not known.
+    ``name`` is the one under which it is held, None where that is not known.
 
     Calling an expansion, and reading its weight, is as good as calling and reading the layer. It is another class,
     holds other modules and parameters, and what is written to the weight that it composes is lost. Read from the names
-    in each function that ``forward`` comes by: code may ask in ways that nobody sees.
+    in each function: code may ask in ways that nobody sees.
     """
-    own: Any = type(asker)
     kinds = {cls.__name__ for cls in type(layer).__mro__[: type(layer).__mro__.index(nn.Module)]} | {"Sequential"}
-    for code in _code_of(own):
+    for code in codes:
         names = set(code.co_names)
         if names & _KINDS and names & kinds:
             return f"asks for the class of layers ({', '.join(sorted(names & kinds))})"
@@ -39,9 +39,14 @@ def question(asker: nn.Module, layer: nn.Module, name: str | None) -> str | None
     return None
 
 
+def code_of(module: nn.Module) -> tuple[CodeType, ...]:
+    """The code of ``forward``, and of all methods and properties of the class that it speaks of, torch's own aside."""
+    cls: Any = type(module)
+    return _code_of(cls)
+
+
 @cache
 def _code_of(cls: Any) -> tuple[CodeType, ...]:
-    """The code of ``forward``, and of all methods and properties of the class that it speaks of, torch's own aside."""
     waiting, seen, found = ["forward"], set[str](), list[CodeType]()
     while waiting:
         name = waiting.pop()

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import CodeType
 
 from torch import fx, nn
 
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.layers import attributes_named, is_opaque
-from fxexpand.graph.questions import question
+from fxexpand.graph.layers import attributes_named, has_hooks, is_opaque
+from fxexpand.graph.outside import hook_code
+from fxexpand.graph.questions import code_of, question
 from fxexpand.graph.site import Site
 from fxexpand.graph.tree import modules_beside, parameter_owners, submodule
 
 _SILENT = "it would compute something else with the layers of an expansion in its place"
+
+
+@dataclass(frozen=True, eq=False)
+class _Asker:
+    """Code, or hooks, of ``module``; the ids of the modules inside it, and of those in its plain attributes."""
+
+    module: nn.Module
+    codes: Sequence[CodeType]
+    kind: str
+    inside: set[int]
+    beside: set[int]
+
+    @property
+    def described(self) -> str:
+        cls = type(self.module).__name__
+        return f"the code of {cls}, which has no graph," if self.kind == "code" else f"a hook on {cls}"
+
+    def name_of(self, name: str) -> str | None:
+        """The name of a layer as the code knows it: a hook may have come by it in any way."""
+        return name if self.kind == "code" else None
+
+
+def _asker(module: nn.Module, codes: Sequence[CodeType], kind: str) -> _Asker:
+    beside = {id(inner) for held in modules_beside(module) for inner in held.modules()}
+    return _Asker(module, codes, kind, {id(inner) for inner in module.modules()} - {id(module)}, beside)
 
 
 @dataclass(frozen=True)
@@ -21,24 +49,21 @@ class OtherUses:
     """Who holds, reads or may read the parameters of a model.
 
     ``owners``: id of a parameter -> the modules that hold it, with names. ``reads``: id of a parameter -> the nodes, of
-    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id. ``askers``:
-    those of them that hold others, with the ids of all that are inside, and of those that plain attributes hold.
+    graphs that run, that read it as an attribute. ``running``: the modules whose own code runs, by id.
+    ``askers``: code that may ask more of the layers that it comes by.
     """
 
     owners: dict[int, list[tuple[nn.Module, str]]]
     reads: dict[int, list[fx.Node]]
     running: dict[int, nn.Module]
-    askers: list[tuple[nn.Module, set[int], set[int]]]
+    askers: list[_Asker]
 
     @staticmethod
     def of(model: nn.Module) -> OtherUses:
         graphs, code = running(model)
-        askers = []
-        for module in code.values():
-            beside = [] if is_opaque(module) else list(modules_beside(module))
-            if beside or (module._modules and not is_opaque(module)):
-                others = {id(inner) for held in beside for inner in held.modules()}
-                askers.append((module, {id(inner) for inner in module.modules()}, others))
+        askers = [_asker(module, code_of(module), "code") for module in code.values() if not is_opaque(module)]
+        askers += [_asker(module, hook_code(module), "hook") for module in model.modules() if has_hooks(module)]
+        askers = [asker for asker in askers if asker.inside or asker.beside]
         return OtherUses(parameter_owners(model), _reads(graphs), code, askers)
 
     def refusal(self, site: Site) -> Refusal | None:
@@ -86,12 +111,13 @@ class OtherUses:
         if layer is None:
             return None
         name = site.path.rpartition(".")[2]
-        for module, inside, beside in self.askers:
-            found = None
-            if id(layer) in inside or id(layer) in beside:
-                found = question(module, layer, name if id(layer) not in beside else None)
+        for asker in self.askers:
+            if id(layer) in asker.beside:
+                found = question(asker.codes, layer, None)
+            else:
+                found = question(asker.codes, layer, asker.name_of(name)) if id(layer) in asker.inside else None
             if found is not None:
-                return Refusal(f"the code of {type(module).__name__}, which has no graph, {found}; {_SILENT}")
+                return Refusal(f"{asker.described} {found}; {_SILENT}")
         return None
 
 

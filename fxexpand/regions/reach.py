@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxexpand.graph.layers import is_opaque
+from fxexpand.graph.layers import hooks_of, is_opaque
+from fxexpand.graph.outside import hook_code, uses_its_module
 from fxexpand.graph.state import plain_attributes
 from fxexpand.graph.tree import modules_beside, submodule
 from fxexpand.graph.uses import running
@@ -18,6 +19,7 @@ from fxexpand.regions.constants import memory_of, memory_read
 from fxexpand.regions.effects import Effects, is_foreign
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HELD = {"weight", "bias", "running_mean", "running_var", "parameters", "named_parameters", "buffers", "named_buffers"}
 _WALKS = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule", "getattr"}
 
 
@@ -34,6 +36,7 @@ class Reach:
         self.written = _written(self.graphs, [module for module in code.values() if not isinstance(module, known)])
         self._code = [module for module in code.values() if module._modules and not is_opaque(module)]
         self.modules = {id(inner) for module in self._code for inner in _without_graphs(module)}
+        self._hooked = {id(inner) for module in model.modules() if _looks_inside(module) for inner in module.modules()}
         self._own_names: dict[int, set[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, fx.GraphModule):
@@ -45,11 +48,13 @@ class Reach:
     def names(self, gm: fx.GraphModule, path: str) -> bool:
         """Whether such code speaks of the name of what stands at ``path`` in ``gm``: it has to stay as it is."""
         name = path.rpartition(".")[2]
-        return name in self._called[id(gm)] or name in self._taken[id(gm)]
+        return id(gm) in self._hooked or name in self._called[id(gm)] or name in self._taken[id(gm)]
 
     def walks(self, gm: fx.GraphModule, path: str) -> bool:
         """Whether such code may run through the modules beside ``path`` in ``gm``, which have to stay as they are."""
         taken = self._taken[id(gm)]
+        if id(gm) in self._hooked:
+            return True
         if not taken:
             return False
         above = path.rpartition(".")[0]
@@ -67,6 +72,12 @@ class Reach:
                     called |= calls
                     taken |= takes
         return called, taken
+
+
+def _looks_inside(module: nn.Module) -> bool:
+    """Whether a hook of ``module`` may come by the modules in it: by what it is given, or a variable of its own."""
+    names = {name for code in hook_code(module) for name in code.co_names}
+    return not names.isdisjoint(_WALKS | _HELD) or any(map(uses_its_module, hooks_of(module)))
 
 
 def _written(graphs: list[fx.GraphModule], code: list[nn.Module]) -> frozenset[int]:

@@ -73,6 +73,72 @@ def test_a_hook_that_comes_between_two_passes_runs_or_is_refused(
     assert refused <= {"contract", "collapse", "expand"}  # the others have nothing to refuse
 
 
+def halves(module: Any, args: Any) -> None:
+    with torch.no_grad():
+        module[0].weight.clamp_(-0.05, 0.05)
+
+
+class Halving:
+    def __call__(self, module: Any, args: Any) -> None:
+        halves(module, args)
+        module[0].weight.mul_(0.5)
+
+
+def times_a_weight(module: Any, args: Any, y: Any) -> Any:
+    return y * module[0].weight.mean()
+
+
+def times_a_statistic(module: Any, args: Any, y: Any) -> Any:
+    return y * module[1].running_mean.mean()
+
+
+def calls_a_part(module: Any, args: Any, y: Any) -> Any:
+    return y + module[0](args[0])
+
+
+LOOKING: dict[str, Callable[[nn.Module], object]] = {
+    "writes to a weight": lambda module: module.register_forward_pre_hook(halves),
+    "writes to a weight, as an object": lambda module: module.register_forward_pre_hook(Halving()),
+    "reads a weight": lambda module: module.register_forward_hook(times_a_weight),
+    "reads a statistic": lambda module: module.register_forward_hook(times_a_statistic),
+    "calls a part": lambda module: module.register_forward_hook(calls_a_part),
+}
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["on the model", "on a part of it"])
+@pytest.mark.parametrize("hook", LOOKING.values(), ids=LOOKING)
+def test_a_hook_that_looks_inside_finds_what_was_there(hook: Callable[[nn.Module], object], outer: bool) -> None:
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    hook(inner)
+    model = as_trained((nn.Sequential(inner, nn.ReLU()) if outer else inner).double()).eval()
+    x = random(2, 4, 6, 6)
+    with torch.no_grad():
+        expected = [copy.deepcopy(model)(x)]
+        for change in (
+            fxexpand.fuse,
+            lambda m: fxexpand.fuse(m, x, when="always"),
+            lambda m: fxexpand.expand(m, CL(2)),
+        ):
+            try:
+                made = change(copy.deepcopy(model))
+            except fxexpand.ExpansionError as error:
+                found = str(error)
+                continue
+            assert torch.allclose(made(x), expected[0], rtol=1e-9, atol=1e-9)
+            found = ""
+    assert ("write to its weight" in found) == (hook in list(LOOKING.values())[:2])
+
+
+def test_a_hook_that_does_not_look_inside_holds_nothing_up() -> None:
+    model = as_trained(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).double()).eval()
+    seen: list[Any] = []
+    model.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    fused = fxexpand.fuse(model)
+    assert len(list(fused.children())) == 1
+    fused(random(2, 4, 6, 6))
+    assert seen == [torch.Size((2, 4, 6, 6))]
+
+
 def test_a_hook_on_a_collapsed_expansion_stays_one_call() -> None:
     big = fxexpand.collapse(fxexpand.expand(network(), RULES))
     seen: list[Any] = []
