@@ -1,8 +1,10 @@
 # `make` lists the targets. Each one that runs Python first sets up .venv when it is missing or stale.
-# PYTHON=python3.12 picks the interpreter that .venv is made with, ARGS="..." adds arguments to pytest.
+# PYTHON=python3.12 picks the interpreter that .venv is made with, ARGS="..." adds arguments to pytest,
+# WORKERS=0 runs it in one process.
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
@@ -15,7 +17,7 @@ demo: $(STAMP)  ## train compact and expanded networks on real digits, contract,
 	$(BIN)/fxexpand demo --out build/demo
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check .

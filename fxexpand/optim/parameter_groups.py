@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, mode: str = "factors
     |------------|--------------------------------------------|----------------------------------------------|
     | weights    | those of layers that are not expanded      | ``weight_decay`` in all three                |
     | factors    | weights of the layers of expansions        | ``weight_decay``, 0, 0                       |
-    | exempt     | biases, norms, scales a channel            | 0 in all three                               |
+    | exempt     | biases, norms, other vectors               | 0 in all three                               |
 
     ``mode`` is about the expanded layers only:
 
