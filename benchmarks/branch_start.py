@@ -31,13 +31,13 @@ from fxexpand.graph.site import Site
 from fxexpand.strategies import ACNet, DiverseBranch, Orepa, RepVGG, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = (
+    Orepa(),
     ACNet(),
     ACNet(batch_norm=True),
     RepVGG(),
     RepVGG(batch_norm=True),
     DiverseBranch(),
     DiverseBranch(batch_norm=True),
-    Orepa(),
 )
 
 
