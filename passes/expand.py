@@ -237,7 +237,7 @@ def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
 
 def _is_free(name: str, site: Site) -> bool:
     """Whether a layer can have this name in an expansion of ``site``."""
-    held = {PAD, BRANCHES, "origin", "strategy", *vars(nn.Module()), *vars(site.module or nn.Module())}
+    held = {PAD, BRANCHES, "origin", "strategy", "fixed", *vars(nn.Module()), *vars(site.module or nn.Module())}
     known = hasattr(ExpandedSum, name) or hasattr(ExpandedChain, name)
     return bool(name) and "." not in name and not keyword.iskeyword(name) and not known and name not in held
 

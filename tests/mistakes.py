@@ -217,8 +217,8 @@ MUTANTS = [
     Mutant(
         "forgets the epsilon of batch norm",
         "algebra.channelwise:normalizing",
-        "(var + eps)",
-        "var",
+        "(var + eps).rsqrt()",
+        "var.rsqrt()",
     ),
     # Factors
     Mutant(

@@ -70,12 +70,13 @@ class CallOrigin:
 class StandIn(nn.Module):
     """What stands in the place of one layer, ``origin``, and has its hyperparameters (``in_channels``, …).
 
-    ``strategy`` is what said which layers it holds.
+    ``strategy`` is what said which layers it holds, ``fixed`` are the names of the parameters that it gave to stay.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of classes, and knows no such types
         origin: LayerOrigin | CallOrigin
         strategy: object
+        fixed: frozenset[str]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -100,6 +101,7 @@ class Expanded(StandIn):
         """The expansion that holds the parts of ``structure``."""
         expanded: Expanded = (ExpandedSum if isinstance(structure, Sum) else ExpandedChain)(structure._modules)
         expanded.origin, expanded.strategy = origin, strategy
+        expanded.fixed = frozenset(name for name, p in expanded.named_parameters() if not p.requires_grad)
         for _, layer in leaves(expanded):
             setattr(layer, MARK, True)
         return expanded

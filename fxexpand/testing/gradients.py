@@ -50,6 +50,8 @@ def gradients_flow(where: str, model: nn.Module, big: nn.Module, inputs: tuple[o
     """That the parameters of each expansion have gradients, finite, and not zero where the old layer's are not."""
     before, after = gradients(model, inputs), gradients(big, inputs)
     reached = 0
+    expansions = [module for module in big.modules() if isinstance(module, Expanded)]
+    fixed = {id(module.get_parameter(name)) for module in expansions for name in module.fixed}
     for path, module in big.named_modules():
         if not isinstance(module, Expanded):
             continue
@@ -57,8 +59,8 @@ def gradients_flow(where: str, model: nn.Module, big: nn.Module, inputs: tuple[o
         if old is None or not old.any():
             continue  # nothing reached the old layer either
         for name, parameter in module.named_parameters(prefix=path):
-            if not parameter.requires_grad:
-                continue  # a strategy may fix some, such as the filters of a prior
+            if id(parameter) in fixed:
+                continue  # by the strategy, as the filters of a prior are
             gradient = after.get(name)
             if gradient is None or not gradient.isfinite().all() or not gradient.any():
                 found = "none" if gradient is None else "zero" if not gradient.any() else "one that is not finite"
