@@ -17,6 +17,7 @@ from fxexpand.errors import ExpansionError
 from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, ExpandedChain, ExpandedSum, LayerOrigin
 from fxexpand.graph.find import find_sites, layer_site
 from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
@@ -128,16 +129,19 @@ def _plan(site: Site, strategy: Strategy, init: Init) -> _Plan:
     return _Plan(site, expanded, inexact)
 
 
-def _expansion(site: Site, strategy: Strategy) -> Expanded:
-    """The layers of ``strategy`` for ``site``, freshly initialised. Raises ``ExpansionError``."""
+def _expansion(site: Site, strategy: Strategy, whole: Site | None = None) -> Expanded:
+    """The layers of ``strategy`` for ``site``, freshly initialised. Raises ``ExpansionError``.
+
+    ``whole`` is the layer of the model that ``site`` is a part of, itself by default: what a rule can exclude.
+    """
     first, *later = strategy.stages
-    expanded = _first_expansion(site, first)
+    expanded = _first_expansion(site, first, whole or site)
     for stage in later:
-        _expand_again(site, expanded, stage)
+        _expand_again(site, expanded, stage, whole or site)
     return expanded
 
 
-def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
+def _first_expansion(site: Site, strategy: Strategy, whole: Site) -> Expanded:
     # A strategy sees padding that its layers can express; any other goes before them as a module.
     seen = site if site.geometry.symmetric else replace(site, geometry=_unpadded(site))
     layers = strategy.layers(seen)
@@ -145,7 +149,7 @@ def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
         seen = replace(site, geometry=_unpadded(site))
         layers = strategy.layers(seen)
     if isinstance(layers, Refusal):
-        raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(site)}.")
+        raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(whole)}.")
     _check_layers(site, strategy, layers)
     structure = layers if isinstance(layers, Sum) else Series(layers)
     if seen is not site:
@@ -154,7 +158,7 @@ def _first_expansion(site: Site, strategy: Strategy) -> Expanded:
     return Expanded.of(structure, _origin(site), strategy)
 
 
-def _expand_again(site: Site, expanded: Expanded, strategy: Strategy) -> None:
+def _expand_again(site: Site, expanded: Expanded, strategy: Strategy, whole: Site) -> None:
     """Put expansions in the place of those layers of ``expanded`` that ``strategy`` reaches."""
     entered = set(map(id, entrances(expanded))) if site.reads_input else set()
     inner = [
@@ -166,9 +170,9 @@ def _expand_again(site: Site, expanded: Expanded, strategy: Strategy) -> None:
     if not reached:
         raise ExpansionError(
             f"{site}: {strategy} reaches none of the layers that it was to expand again: {', '.join(map(str, inner))}. "
-            f"Choose another strategy, or exclude it with {_exclusion(site)}."
+            f"Choose another strategy, or exclude it with {_exclusion(whole)}."
         )
-    replace_modules(expanded, {id(found.module): _expansion(found, strategy) for found in reached})
+    replace_modules(expanded, {id(found.module): _expansion(found, strategy, whole) for found in reached})
 
 
 def _unpadded(site: Site) -> Any:
@@ -213,6 +217,10 @@ def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
     if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
         raise ExpansionError(
             f"{site}: {strategy}.layers() must give a mapping of names to modules, or a Sum, found {layers!r}."
+        )
+    if isinstance(layers, nn.Module) and has_hooks(layers):
+        raise ExpansionError(
+            f"{site}: {strategy}.layers() gives a Sum with hooks, which would be lost. Add them after."
         )
     given = dict(cast("Mapping[str, nn.Module]", layers).items())
     taken = [name for name in given if not _is_free(name, site)]

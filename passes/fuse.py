@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from fxexpand.algebra.affine import Affine
+from fxexpand.algebra.affine import Affine, Border
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
+from fxexpand.graph.lift import pad_module
+from fxexpand.graph.structure import Series
 from fxexpand.graph.trace import Limits, check_model, open_up
 from fxexpand.graph.traced import TracedModule, copy_model, with_own_tensors
 from fxexpand.graph.tree import replace_modules
@@ -84,6 +86,9 @@ def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[
             if padding is None:
                 layers[id(module)] = layer
                 maps[id(layer)] = affine
+            else:  # code calls one module; no layer pads so
+                border = affine.border or Border("zeros", affine.kernel.padding)
+                layers[id(module)] = Series({"pad": pad_module(border.mode, border.sides), "conv": layer})
     replace_modules(work, layers)
     return layers.get(id(work), work), layers, maps
 

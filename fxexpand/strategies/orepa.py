@@ -31,7 +31,7 @@ class Orepa(Strategy):
     groups: (2·K + 3 + e)·m·n + m² + e·K·m + 6·n for K taps and e = ``width``, the depthwise layer's channels for each
     channel in. The prior filters are not learnt: half of the channels have cos(π·(t + ½)·f/k) along one axis, the
     others along the other, for f = 1, 2, … without the multiples of k, some of which vanish. All scales start at 1/√6:
-    their squares add up to 1, so a step moves the sum about as far as it would move one layer.
+    six branches of one size, drawn independently, then add up to that size.
 
     The paper adds batch norm after the sum: expand a layer that has it behind it.
 

@@ -142,3 +142,37 @@ def test_half_precision_keeps_small_layers_too() -> None:
     conv = conv.bfloat16()
     big = fxexpand.expand(conv, ACNet())
     assert fxexpand.verify(conv.double(), big.double(), random(2, 16, 7, 7), rtol=0.02) < 0.02
+
+
+def test_hooks_on_branches_would_be_lost() -> None:
+    def make(site: Any) -> Sum:
+        branches = Sum({"a": site.branch(3), "b": site.branch(1)})
+        branches.register_forward_hook(lambda *_: None)
+        return branches
+
+    with pytest.raises(ExpansionError, match="gives a Sum with hooks, which would be lost"):
+        fxexpand.expand(nn.Conv2d(4, 4, 3), Own(make))
+
+
+def test_what_a_rule_can_exclude_is_the_layer_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False))
+    with pytest.raises(ExpansionError, match="there is no place for one") as failure:
+        fxexpand.expand(model, CL(2).then(ACNet(True)))
+    assert str(failure.value).startswith("0.kernel (Conv2d 3×3, 8 -> 8)")
+    assert str(failure.value).endswith('exclude it with where=~layer(name="0").')
+
+
+def test_an_expansion_that_code_calls_is_one_kernel_behind_padding_that_no_layer_does() -> None:
+    class Code(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 4, padding="same")
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x) if x.sum() < 1e9 else x
+            return out
+
+    big, x = fxexpand.expand(Code().double(), RepVGG()).eval(), random(2, 4, 9, 9)
+    fused = fxexpand.fuse(big)
+    assert sum(isinstance(module, nn.Conv2d) for module in fused.modules()) == 1
+    assert fxexpand.verify(big, fused, x) < 1e-12
