@@ -42,8 +42,8 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     expansions = [(path, module) for path, module in model.named_modules() if isinstance(module, Expanded)]
     if not expansions:
         raise ExpansionError(
-            "manifest: expected a model that fxexpand.expand has made, found no expanded layer in it. Make the manifest "
-            "of the expanded model: before it is contracted, and not of its counterpart."
+            "manifest: expected a model that fxexpand.expand has made, found no expanded layer in it. Make it of "
+            "the expanded model: before it is contracted, and not of its counterpart."
         )
     classes = _classes(expansions)
     entries = [_entry(path, expanded, classes) for path, expanded in expansions]
