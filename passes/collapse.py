@@ -12,7 +12,7 @@ from fxexpand.algebra.step_cost import StepCost
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.assembly import TRAINING, Assembly
 from fxexpand.graph.collapsed import Collapsed
-from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.expanded import Expanded, outermost
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, ModuleStep, RecordStep, StructureStep, rewrite, source_of
@@ -163,13 +163,7 @@ def plan_training(
     work: nn.Module, shapes: Shapes, lifts: Lifts | None
 ) -> tuple[list[PlannedExpansion], list[LivePlan | LeftAlone]]:
     """What can run as one layer in ``work``: its expansions, and the other regions of its graphs."""
-    found = [module for module in work.modules() if isinstance(module, Expanded)]
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
-    expansions = [
-        _plan(path, work, module, shapes)
-        for path, module in work.named_modules()
-        if isinstance(module, Expanded) and id(module) not in inner
-    ]
+    expansions = [_plan(path, work, module, shapes) for path, module in outermost(work)]
     return expansions, list(plan_regions(work, shapes, lifts or {}))
 
 

@@ -11,7 +11,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.activation import Activation, check_activation, make_activation
 from fxexpand.graph.counterpart import Counterpart, Place, places
-from fxexpand.graph.expanded import Expanded, strays
+from fxexpand.graph.expanded import Expanded, outermost, strays
 from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.structure import Series, Sum
@@ -50,8 +50,7 @@ def counterpart(model: nn.Module, activation: Activation = nn.ReLU) -> nn.Module
     work = copy_model(model, share=False)
     release_all(work)
     found = {path: module for path, module in work.named_modules() if isinstance(module, Expanded)}
-    inner = {id(child) for module in found.values() for child in module.modules() if child is not module}
-    edits = [edit for path, module in found.items() if id(module) not in inner for edit in _edits(work, path, module)]
+    edits = [edit for path, module in outermost(work) for edit in _edits(work, path, module)]
     made = [(module, _activations(path, module, activation)) for path, module in found.items()]
     if not any(activations for _, activations in made):
         warnings.warn(

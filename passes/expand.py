@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import keyword
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
-import torch
 from torch import Tensor, fx, nn
 
-from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.expanded import PAD, CallOrigin, Expanded, ExpandedChain, ExpandedSum, LayerOrigin
+from fxexpand.graph.expanded import BRANCHES, PAD, CallOrigin, Expanded, LayerOrigin
 from fxexpand.graph.find import find_sites, layer_site
 from fxexpand.graph.geometry import DIMS
-from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import memory_format_of, pad_module
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
@@ -28,13 +24,11 @@ from fxexpand.graph.tree import parameter_owners, replace_modules
 from fxexpand.manifests import Entry, check_plain, check_rebuilt, fitting, read_manifest
 from fxexpand.passes.collapse import release_all
 from fxexpand.rules import Rule, as_rules, match
-from fxexpand.strategies.fill import BRANCHES, body, fill
+from fxexpand.strategies.checks import check_layers, check_product
+from fxexpand.strategies.fill import body, fill
 from fxexpand.strategies.strategy import Strategy
 
 Init: TypeAlias = "str | Callable[[Site, Mapping[str, nn.Module]], object]"
-
-# How far factors may be from the layer in any dtype: rounding stays far below, a wrong formula far above.
-_MOST = 0.25
 
 
 def expand(
@@ -150,7 +144,7 @@ def _first_expansion(site: Site, strategy: Strategy, whole: Site) -> Expanded:
         layers = strategy.layers(seen)
     if isinstance(layers, Refusal):
         raise ExpansionError(f"{site}: {layers.reason}, or exclude it with {_exclusion(whole)}.")
-    _check_layers(site, strategy, layers)
+    check_layers(site, strategy, layers)
     structure = layers if isinstance(layers, Sum) else Series(layers)
     if seen is not site:
         parts = {BRANCHES: structure} if isinstance(structure, Sum) else structure._modules
@@ -209,47 +203,6 @@ def _check_geometry(site: Site, strategy: Strategy, expanded: Expanded) -> None:
         raise ExpansionError(f"{site}: {reason}.")
 
 
-def _check_layers(site: Site, strategy: Strategy, layers: object) -> None:
-    """Raise ``ExpansionError`` unless a user's strategy gave distinct layers, with names that modules can have and the
-    dtype of the layer.
-    """
-    named = isinstance(layers, (Mapping, Sum)) and all(isinstance(name, str) for name in layers)
-    if not (named and layers and all(isinstance(layer, nn.Module) for layer in cast(Any, layers).values())):
-        raise ExpansionError(
-            f"{site}: {strategy}.layers() must give a mapping of names to modules, or a Sum, found {layers!r}."
-        )
-    if isinstance(layers, nn.Module) and has_hooks(layers):
-        raise ExpansionError(
-            f"{site}: {strategy}.layers() gives a Sum with hooks, which would be lost. Add them after."
-        )
-    given = dict(cast("Mapping[str, nn.Module]", layers).items())
-    taken = [name for name in given if not _is_free(name, site)]
-    if taken:
-        raise ExpansionError(
-            f"{site}: {strategy}.layers() names a layer {taken[0]!r}, which is no free name. Use another."
-        )
-    inside = [(name, module) for own, part in given.items() for name, module in leaves(part, own)]
-    if len({id(module) for _, module in inside}) < len(inside):
-        raise ExpansionError(f"{site}: {strategy}.layers() gives one module twice. Make one for each name.")
-    weight = cast(Tensor, site.weight)
-    for name, module in inside:
-        for parameter in module.parameters():
-            lazy = torch.nn.parameter.is_lazy(parameter)
-            if lazy or parameter.dtype != weight.dtype:
-                found = "a lazy one" if lazy else f"{parameter.dtype}"
-                raise ExpansionError(
-                    f"{site}: {strategy}.layers(), {name}: expected parameters of {weight.dtype}, found {found}. Build "
-                    "layers by site.layer, site.branch and site.norm."
-                )
-
-
-def _is_free(name: str, site: Site) -> bool:
-    """Whether a layer can have this name in an expansion of ``site``."""
-    held = {PAD, BRANCHES, "origin", "strategy", "fixed", *vars(nn.Module()), *vars(site.module or nn.Module())}
-    known = hasattr(ExpandedSum, name) or hasattr(ExpandedChain, name)
-    return bool(name) and "." not in name and not keyword.iskeyword(name) and not known and name not in held
-
-
 def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> str:
     """Give the layers weights that make up the weight of ``site``, computed in float64 and cast once.
 
@@ -266,43 +219,7 @@ def _preserve(site: Site, strategy: Strategy, expanded: Expanded) -> str:
             f"{site}: {strategy} cannot keep the function: {refusal}. Or use init='standard', "
             f"or exclude it with {_exclusion(site)}."
         )
-    return _check_product(site, strategy, expanded)
-
-
-def _check_product(site: Site, strategy: Strategy, expanded: Expanded) -> str:
-    """No factorisation is taken on trust: raise ``ExpansionError`` when the layers, as cast, are another layer.
-
-    By how much they are another one is what it returns, where the strategy only comes near.
-    """
-    product, weight = expanded.as_kernel(torch.float64), cast(Tensor, site.weight)
-    target = Kernel(weight, site.bias, groups=site.groups).detach().to(dtype=torch.float64)
-    error = float("inf") if isinstance(product, Refusal) else _relative(product.detach(), target)
-    # A thousand units in the last place, for strategies that are less careful than they could be.
-    inexact = [module.strategy for module in expanded.modules() if isinstance(module, Expanded) and not _exact(module)]
-    if inexact and not isinstance(product, Refusal):
-        difference = (product.weight.detach() - target.weight).norm() / target.weight.norm()
-        return f"{site} as {inexact[0]} differs from the layer by {float(difference):.1e} (relative)"
-    most = min(_MOST, 1024 * torch.finfo(weight.dtype).eps)
-    if not error <= most:
-        raise ExpansionError(
-            f"{site}: the factors of {strategy} differ from the layer by {error:.1e} (relative), expected at most "
-            f"{most:.0e}. Mend its factorize(), expand in a wider dtype, or use init='standard'."
-        )
-    return ""
-
-
-def _exact(expanded: Expanded) -> bool:
-    return cast(Strategy, expanded.strategy).exact
-
-
-def _flat(kernel: Kernel) -> Tensor:
-    bias = kernel.weight.new_zeros(kernel.out_channels) if kernel.bias is None else kernel.bias
-    return torch.cat([kernel.weight.flatten(), bias])
-
-
-def _relative(found: Kernel, wanted: Kernel) -> float:
-    difference, expected = _flat(found) - _flat(wanted), _flat(wanted)
-    return float(difference.norm() / expected.norm()) if bool((difference != 0).any()) else 0.0
+    return check_product(site, strategy, expanded)
 
 
 def _carry_over(site: Site, expanded: Expanded) -> None:

@@ -61,7 +61,7 @@ def _row(cls: type[Strategy]) -> str:
     options = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in given)
     reaches = re.search(r"Reaches: (.*?)\.\n", str(cls.__doc__), re.DOTALL)
     assert reaches is not None
-    collapses = "without batch norm" if hasattr(cls, "batch_norm") else "yes"
+    collapses = "yes" if cls.collapses is Strategy.collapses else "without batch norm"
     cells = [f"`{cls.__name__}({options})`", cls.source, cls.structure, cls.formula, " ".join(reaches[1].split())]
     return f"| {' | '.join(cells)} | {collapses} |"
 

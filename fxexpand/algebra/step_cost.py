@@ -51,29 +51,16 @@ def applied_step(layer: Affine, size: Ints, batch: int) -> StepCost:
     return StepCost(3 * layer.macs(size) * batch, outputs, layer.kernel.weight.numel(), 1)
 
 
-def explicit_step(chain: Sequence[Kernel], size: Ints, batch: int) -> StepCost:
-    """The cost of applying the layers in turn."""
-    cost = StepCost()
-    for kernel in chain:
-        cost += applied_step(Affine(kernel), size, batch)
-        size = kernel.output_size(size)
-    return cost
-
-
-def collapsed_step(order: Order, chain: Sequence[Kernel], size: Ints, batch: int) -> StepCost:
-    """The cost of composing the layers in ``order``, and applying the result once."""
-    _, whole = _composed(order, chain)
-    if isinstance(whole, Refusal):
-        raise ValueError(f"the chain is no one layer: {whole}")
-    applied = applied_step(Affine(whole), size, batch)
-    return composed_step(order, chain) + StepCost(applied.macs, applied.activations)
-
-
 def composed_step(order: Order, chain: Sequence[Kernel]) -> StepCost:
     """The cost of composing the layers in ``order``."""
     weights = sum(kernel.weight.numel() for kernel in chain)
     # An operation for each layer's weight, for its bias, and for the gradients of both.
     return _composed(order, chain)[0] + StepCost(0, 0, weights, 3 * len(chain))
+
+
+def added_step(branches: int, elements: int) -> StepCost:
+    """The cost of laying out ``branches`` weights of that many ``elements`` alike, and adding them; and back."""
+    return StepCost(0, 0, 2 * branches * elements, 3 * branches)
 
 
 def _composed(order: Order, chain: Sequence[Kernel]) -> tuple[StepCost, Kernel | Refusal]:

@@ -18,7 +18,7 @@ from fxexpand.algebra.composition import Composition, composed
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.algebra.step_cost import StepCost, applied_step, composed_step
+from fxexpand.algebra.step_cost import StepCost, added_step, applied_step, composed_step
 from fxexpand.graph.geometry import DIMS, spread
 from fxexpand.graph.layers import has_hooks, peculiarity
 from fxexpand.graph.lift import lift_padded, padding_of
@@ -115,7 +115,7 @@ class Total:
         branches, weight = len(self.parts), self.like.kernel.weight.numel()
         outputs = self.like.kernel.out_channels * prod(self.like.output_size(size)) * batch
         explicit = StepCost(0, (branches - 1) * outputs, 0, branches - 1)
-        composing = StepCost(0, 0, 2 * branches * weight, 3 * branches)  # laid out alike and added, and back
+        composing = added_step(branches, weight)
         for part in self.parts:
             own, inner = part.steps(size, batch)
             explicit, composing = explicit + own, composing + inner
@@ -153,47 +153,30 @@ class _Planner:
                 return Refusal("it has hooks, which would be lost; remove them first", where)
             if type(module) not in (Series, Sum) and not hasattr(module, "origin"):  # as an expansion has
                 return Refusal(f"{type(module).__name__} may have a forward of its own; use Series or Sum", where)
-        if isinstance(module, Series):
-            return self._chain(module, path, channels)
-        if isinstance(module, Sum):
-            return self._total(module, path, channels)
-        found = self._leaf(module, path, channels)
-        return found.at(".".join(path)) if isinstance(found, Refusal) else found
+        if isinstance(module, (Series, Sum)):
+            found = self._parts(module, path, channels)
+            if isinstance(found, Refusal):
+                return found
+            like, parts = found
+            return _chain(like, parts) if isinstance(module, Series) else Total(like, parts)
+        leaf = self._leaf(module, path, channels)
+        return leaf.at(".".join(path)) if isinstance(leaf, Refusal) else leaf
 
-    def _chain(self, module: Series, path: Path, channels: int) -> Assembly | Refusal:
+    def _parts(self, module: Series | Sum, path: Path, channels: int) -> tuple[Affine, tuple[Assembly, ...]] | Refusal:
+        """The map of the parts together, and the parts."""
+        in_turn = isinstance(module, Series)
         parts: list[Assembly] = []
         like: Affine | None = None
         for name, child in module._modules.items():
             part = self.planned(child, (*path, name), channels)
             if isinstance(part, Refusal):
                 return part
-            whole = part.like if like is None else in_series(like, part.like)
-            if isinstance(whole, Refusal):
-                return whole
-            like, channels = whole, whole.kernel.out_channels
+            joined = part.like if like is None else (in_series if in_turn else in_sum)(like, part.like)
+            if isinstance(joined, Refusal):
+                return joined if in_turn else joined.at(".".join((*path, name)))
+            like, channels = joined, joined.kernel.out_channels if in_turn else channels
             parts.append(part)
-        if like is None:
-            return Refusal("it holds no layer")
-        kept = [part for part in parts if not (isinstance(part, Leaf) and part.bare)] or parts[:1]
-        kernels = [part.like.kernel for part in kept]
-        order = cheapest_order(kernels)
-        if isinstance(order, Refusal):
-            return order
-        return Chain(like, tuple(parts), tuple(kept), order, Composition.of(order, kernels))
-
-    def _total(self, module: Sum, path: Path, channels: int) -> Assembly | Refusal:
-        parts: list[Assembly] = []
-        like: Affine | None = None
-        for name, child in module._modules.items():
-            part = self.planned(child, (*path, name), channels)
-            if isinstance(part, Refusal):
-                return part
-            whole = part.like if like is None else in_sum(like, part.like)
-            if isinstance(whole, Refusal):
-                return whole.at(".".join((*path, name)))
-            like = whole
-            parts.append(part)
-        return Refusal("it holds no branch") if like is None else Total(like, tuple(parts))
+        return Refusal("it holds nothing") if like is None else (like, tuple(parts))
 
     def _leaf(self, module: nn.Module, path: Path, channels: int) -> Leaf | Refusal:
         if isinstance(module, tuple(DIMS)):
@@ -213,6 +196,13 @@ class _Planner:
         if type(module) in _POOLS:
             return _pool(module, path, channels, self.dims)
         return Refusal(f"{type(module).__name__} is no convolution or linear layer")
+
+
+def _chain(like: Affine, parts: tuple[Assembly, ...]) -> Chain | Refusal:
+    kept = tuple(part for part in parts if not (isinstance(part, Leaf) and part.bare)) or parts[:1]
+    kernels = [part.like.kernel for part in kept]
+    order = cheapest_order(kernels)
+    return order if isinstance(order, Refusal) else Chain(like, parts, kept, order, Composition.of(order, kernels))
 
 
 def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:

@@ -10,9 +10,8 @@ from torch import nn
 
 from fxexpand.graph.expanded import MARK, Expanded, ExpandedSum, StandIn
 from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.layers import BATCH_NORMS
 from fxexpand.graph.structure import Series, Sum, leaves
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +84,7 @@ def places(structure: Series | Sum, path: str = "") -> Iterator[Place]:
         layers = [name for name in names if _channels(parts[name])]
         for layer in layers[:-1]:
             at = names.index(layer)
-            while isinstance(parts[names[at + 1]], _NORMS):
+            while isinstance(parts[names[at + 1]], BATCH_NORMS):
                 at += 1
             name = f"{layer}_activation"
             while name in parts or hasattr(structure, name):

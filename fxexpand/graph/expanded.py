@@ -23,6 +23,9 @@ MARK = "part_of_expansion"
 # The name of the padding module that stands before the layers where no layer can pad as asked.
 PAD = "pad"
 
+# Where branches stand in an expansion that pads before them.
+BRANCHES = "branches"
+
 
 @dataclass(frozen=True)
 class LayerOrigin:
@@ -182,6 +185,13 @@ class ExpandedChain(Expanded, Series):
 
 class ExpandedSum(Expanded, Sum):
     """An expansion into branches side by side: y = square(x) + horizontal(x) + vertical(x)."""
+
+
+def outermost(model: nn.Module) -> list[tuple[str, Expanded]]:
+    """(path, expansion) of those that are in no other one, each once, in the order of ``named_modules``."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Expanded)]
+    inner = {id(child) for _, module in found for child in module.modules() if child is not module}
+    return [(path, module) for path, module in found if id(module) not in inner]
 
 
 def strays(model: nn.Module) -> list[str]:

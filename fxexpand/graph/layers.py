@@ -12,8 +12,9 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import CONVOLUTIONS, DIMS
 
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = frozenset((*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_NORMS))
+# Batch norm in all its classes, of which the synchronised one is no layer by itself: it talks to other processes.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAYERS = frozenset((*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *BATCH_NORMS[:3]))
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_HOOKS = (

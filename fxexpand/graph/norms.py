@@ -10,11 +10,9 @@ from operator import attrgetter
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.graph.layers import has_hooks
+from fxexpand.graph.layers import BATCH_NORMS, has_hooks
 from fxexpand.graph.tree import modules_beside, submodule
 from fxexpand.graph.uses import running
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class NormUses:
         if len(users) != 1 or users[0].op != "call_module":
             return None
         norm = gm.get_submodule(str(users[0].target))
-        if type(norm) not in _NORMS or not isinstance(norm, _BatchNorm) or has_hooks(norm):
+        if type(norm) not in BATCH_NORMS or not isinstance(norm, _BatchNorm) or has_hooks(norm):
             return None
         mean = norm.running_mean
         seen = {id(norm), id(mean), id(norm.running_var)} & self.shared

@@ -48,3 +48,8 @@ def entrances(module: nn.Module) -> Iterator[nn.Module]:
     parts = list(module.children())
     for part in parts if isinstance(module, Sum) else parts[:1]:
         yield from entrances(part)
+
+
+def parts_of(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The parts of a ``Series``, to go on from; any other module is one part, under ``name``."""
+    return dict(module._modules) if isinstance(module, Series) else {name: module}

@@ -10,7 +10,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
-from fxexpand.optim.expansions import outermost
+from fxexpand.optim.expansions import expansions_of
 
 
 def effective_decay(model: nn.Module) -> Tensor:
@@ -60,7 +60,8 @@ def effective_decay(model: nn.Module) -> Tensor:
 
 
 def _trained(model: nn.Module) -> list[tuple[str, Expanded]]:
-    return [(path, expanded) for path, expanded in outermost(model, "effective_decay") if _trains_a_weight(expanded)]
+    found = expansions_of(model, "effective_decay")
+    return [(path, expanded) for path, expanded in found if _trains_a_weight(expanded)]
 
 
 def _trains_a_weight(expanded: Expanded) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from fxexpand.errors import ExpansionError
-from fxexpand.graph.expanded import Expanded, strays
+from fxexpand.graph.expanded import Expanded, outermost, strays
 
 
-def outermost(model: nn.Module, task: str) -> Iterator[tuple[str, Expanded]]:
+def expansions_of(model: nn.Module, task: str) -> list[tuple[str, Expanded]]:
     """(path, expansion) of those that are in no other one, each once, in the order of ``named_modules``.
 
     Raises ``ExpansionError`` for layers of an expansion that stand in none: nobody can say what they make up.
@@ -21,6 +19,4 @@ def outermost(model: nn.Module, task: str) -> Iterator[tuple[str, Expanded]]:
             "has kept only what its graph calls (torch.fx.symbolic_trace and Transformer do). Use the model that "
             "fxexpand.expand or collapse gave, or mode='factors'."
         )
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Expanded)]
-    inner = {id(child) for _, module in found for child in module.modules() if child is not module}
-    yield from ((path, module) for path, module in found if id(module) not in inner)
+    return outermost(model)

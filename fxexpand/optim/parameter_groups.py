@@ -10,7 +10,7 @@ from torch import nn
 
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
-from fxexpand.optim.expansions import outermost
+from fxexpand.optim.expansions import expansions_of
 from fxexpand.report.run import check_module
 
 MODES = ("factors", "effective", "none")
@@ -100,7 +100,7 @@ def _in_expansions(model: nn.Module, mode: str) -> set[int]:
     """The ids of the parameters of expansions."""
     if mode == "factors":
         return {id(p) for module in model.modules() if isinstance(module, Expanded) for p in module.parameters()}
-    return {id(p) for _, expanded in outermost(model, "parameter_groups") for p in expanded.parameters()}
+    return {id(p) for _, expanded in expansions_of(model, "parameter_groups") for p in expanded.parameters()}
 
 
 def _kind(model: nn.Module, path: str, parameter: nn.Parameter, held: set[int]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxexpand.regions.constants import Constants
+from fxexpand.regions.effects import nodes_in
 from fxexpand.regions.parts import Lifted
 
 # The functions that methods of tensors are.
@@ -48,20 +49,9 @@ class Arguments:
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         source = given.pop(names[0], None)
         flat = fx.node.map_arg(given, lambda used: used)  # a copy
-        if not self.varies(source) or any(self.varies(used) for used in _nodes(flat)):
+        if not self.varies(source) or any(self.varies(used) for used in nodes_in(flat)):
             return None
         return {names[0]: source, **{k: fx.node.map_arg(v, self.value) for k, v in given.items()}}
 
 
 Rule: TypeAlias = "Callable[[Arguments, fx.Node, Any], Lifted]"
-
-
-def _nodes(values: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.node.map_arg(values, note)
-    return found

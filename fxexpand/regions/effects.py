@@ -112,7 +112,7 @@ class Effects:
         flags = (*node.args[1:], node.kwargs.get("inplace"))
         asked = not self.is_fresh(node) and any(flag is True for flag in flags)
         written = writes(node) or name in ("setitem", "__setitem__") or asked
-        return [*(_first(node) if written else []), *_nodes(node.kwargs.get("out")), *_updated(node, name)]
+        return [*(_first(node) if written else []), *nodes_in(node.kwargs.get("out")), *_updated(node, name)]
 
 
 def is_foreign(module: nn.Module) -> bool:
@@ -135,7 +135,7 @@ def is_foreign_function(target: Any) -> bool:
 
 def _first(node: fx.Node) -> list[fx.Node]:
     """What ``node`` has for its first argument, by position or by name: a value, or several in a list."""
-    return _nodes(node.args[0]) if node.args else _nodes(tuple(node.kwargs.values()))
+    return nodes_in(node.args[0]) if node.args else nodes_in(tuple(node.kwargs.values()))
 
 
 def _updated(node: fx.Node, name: str) -> list[fx.Node]:
@@ -146,10 +146,10 @@ def _updated(node: fx.Node, name: str) -> list[fx.Node]:
     asked = node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
     if asked is False or asked is None:
         return []
-    return [source for source in node.all_input_nodes if source not in _nodes(node.args[:1])]
+    return [source for source in node.all_input_nodes if source not in nodes_in(node.args[:1])]
 
 
-def _nodes(value: Any) -> list[fx.Node]:
+def nodes_in(value: Any) -> list[fx.Node]:
     """The nodes in an argument."""
     found: list[fx.Node] = []
 

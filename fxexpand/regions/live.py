@@ -11,13 +11,14 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxexpand.algebra.affine import Affine, identity, in_concatenation, in_series, in_sum, swapped, times
 from fxexpand.algebra.channelwise import depthwise, normalizing
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.layers import BATCH_NORMS
 from fxexpand.graph.record import Record
 from fxexpand.regions.maps import shaped
 from fxexpand.regions.parts import Join
@@ -27,7 +28,6 @@ from fxexpand.regions.region import Stretch
 Held: TypeAlias = Sequence[Any]
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCTS = ("matmul", "mm")
 
 
@@ -192,7 +192,7 @@ def live_map(reading: Reading, node: fx.Node, record: Record, beside: Layer | Ca
         held, lift = record.paths.index(str(node.target)), reading.lift_of(module)
         if lift is not None:
             return Taught(held, lift)
-        if isinstance(module, _NORMS):
+        if isinstance(module, BATCH_NORMS):
             return Normalizing(held, like.dims) if like is not None else Refusal("it does nothing")
         if like is not None and next(module.parameters(), None) is not None:
             own = isinstance(module, tuple(DIMS)) or like.transposed is not None

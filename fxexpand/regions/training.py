@@ -15,7 +15,7 @@ from fxexpand.algebra.composition import Composition
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.algebra.step_cost import StepCost, applied_step, composed_step
+from fxexpand.algebra.step_cost import StepCost, added_step, applied_step, composed_step
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import CODE, LiveStep, live_map, live_steps, weight_beside
@@ -178,8 +178,7 @@ def _costs(reading: Reading, merge: Merge, order: Order, chain: list[Kernel], wh
         explicit += _step_of(reading, node, batch)
         part = reading.part(node)
         if isinstance(part, Join):
-            # Its branches are laid out alike and added, forward and backward.
-            branches += StepCost(0, 0, 2 * len(part.sources) * whole.kernel.weight.numel(), 3 * len(part.sources))
+            branches += added_step(len(part.sources), whole.kernel.weight.numel())
     applied = applied_step(whole, reading.size(source, whole.dims), batch)
     return StepCosts(explicit, branches + composed_step(order, chain) + applied)
 

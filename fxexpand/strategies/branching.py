@@ -12,7 +12,7 @@ from torch import nn
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.lift import pad_module
 from fxexpand.graph.site import Site
-from fxexpand.graph.structure import Series, Sum
+from fxexpand.graph.structure import Series, Sum, parts_of
 from fxexpand.strategies.strategy import Strategy, check_flag
 
 
@@ -65,8 +65,7 @@ class Branching(Strategy):
     def branch(self, site: Site, kernel_size: int | tuple[int, ...]) -> nn.Module:
         """A convolution of this size in the middle of the site's, with batch norm where that is asked for."""
         conv = site.branch(kernel_size, bias=False if self.batch_norm else None)
-        parts = dict(conv._modules) if isinstance(conv, Series) else {"conv": conv}
-        return Series({**parts, "norm": site.norm()}) if self.batch_norm else conv
+        return self.in_turn(site, parts_of(conv, "conv")) if self.batch_norm else conv
 
     def in_turn(self, site: Site, parts: Mapping[str, nn.Module]) -> nn.Module:
         """``parts`` one after another, the last of which gives the site's channels, with batch norm at the end."""

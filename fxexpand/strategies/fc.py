@@ -12,9 +12,8 @@ from torch import nn
 from fxexpand.algebra.factorize import matrices
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.errors import RuleError
 from fxexpand.graph.site import Site
-from fxexpand.strategies.strategy import Strategy, check_rate, widened
+from fxexpand.strategies.strategy import Strategy, check_count, check_rate, widened
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class FC(Strategy):
 
     def __post_init__(self) -> None:
         check_rate(self, self.rate)
-        if type(self.depth) is not int or self.depth < 2:
-            raise RuleError(f"FC: depth must be an integer of at least 2, found {self.depth!r}. Use 2 or 3.")
+        check_count(self, "depth", self.depth, 2)
 
     def layers(self, site: Site) -> Mapping[str, nn.Module]:
         m, n = site.in_channels, site.out_channels

@@ -13,14 +13,11 @@ from fxexpand.algebra.combine import remainder
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.assembly import assembly_of
-from fxexpand.graph.expanded import PAD, Expanded, ExpandedSum
+from fxexpand.graph.expanded import BRANCHES, PAD, Expanded, ExpandedSum
 from fxexpand.graph.geometry import DIMS
+from fxexpand.graph.layers import BATCH_NORMS
 from fxexpand.graph.structure import Series, Sum
 from fxexpand.strategies.strategy import Strategy
-
-# Where branches stand in an expansion that pads before them.
-BRANCHES = "branches"
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fill(expanded: Expanded, weight: Tensor, bias: Tensor | None) -> Refusal | None:
@@ -30,7 +27,7 @@ def fill(expanded: Expanded, weight: Tensor, bias: Tensor | None) -> Refusal | N
     the layers in place. Refuses as the strategy does, or where a part can be given no kernel.
     """
     for norm in expanded.modules():
-        if isinstance(norm, _NORMS) and norm.running_var is not None and norm.affine:
+        if isinstance(norm, BATCH_NORMS) and norm.running_var is not None and norm.affine:
             norm.weight.data.copy_((norm.running_var + norm.eps).sqrt())
     geometry = expanded.origin.geometry
     whole = Kernel(_exact(weight), _exact(bias), geometry.stride, (), geometry.dilation, geometry.groups)
@@ -144,7 +141,7 @@ def _assign_series(series: Series, kernel: Kernel) -> Refusal | None:
     if bool((scale == 0).any()):
         return Refusal("what comes after its first layer multiplies by zero")
     wanted = -shift if kernel.bias is None else kernel.bias - shift
-    last = getattr(after[-1], "bias", None) if after and isinstance(after[-1], _NORMS) else None
+    last = getattr(after[-1], "bias", None) if after and isinstance(after[-1], BATCH_NORMS) else None
     if last is not None and getattr(layer, "bias", None) is None:
         with torch.no_grad():
             last.add_(wanted.to(last.dtype))

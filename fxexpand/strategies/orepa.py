@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxexpand.algebra.kernel import Ints
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.site import Site
-from fxexpand.graph.structure import Series, Sum
+from fxexpand.graph.structure import Series, Sum, parts_of
 from fxexpand.strategies.strategy import Strategy, check_count
 
 
@@ -62,8 +62,8 @@ class Orepa(Strategy):
         taps: dict[str, Any] = {"stride": site.stride, "bias": False}
         wide = self.width * m
         branches: dict[str, dict[str, nn.Module]] = {
-            "kernel": _parts(site.branch(k)),  # with the bias of all
-            "point": _parts(site.branch(1, bias=False)),
+            "kernel": parts_of(site.branch(k), "conv"),  # with the bias of all
+            "point": parts_of(site.branch(1, bias=False), "conv"),
             "pooled": {"expand": site.layer(m, n, **pad), "pool": site.average()},
             "prior": {"expand": site.layer(m, n, **pad), "cosines": _cosines(site)},
             "deep": {"expand": site.layer(m, m, **pad), "kernel": site.layer(m, n, k, **taps)},
@@ -73,10 +73,6 @@ class Orepa(Strategy):
             },
         }
         return Sum({name: Series({**parts, "scale": site.scale(6**-0.5)}) for name, parts in branches.items()})
-
-
-def _parts(layer: nn.Module) -> dict[str, nn.Module]:
-    return dict(layer._modules) if isinstance(layer, Series) else {"conv": layer}
 
 
 def _cosines(site: Site) -> nn.Module:
