@@ -21,12 +21,29 @@ def bias_after(first: Tensor, weight: Tensor, second: Tensor | None, groups: int
     return through if second is None else through + second
 
 
-def pull_bias(first: Tensor, weight: Tensor, gradient: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to b₁ and W₂, for that of the bias."""
-    g = gradient.reshape(groups, -1, 1)
-    before = (grouped(_over_taps(weight), groups).mT @ g).reshape(-1)
-    spread = (g @ first.reshape(groups, 1, -1)).reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
-    return before, spread.expand(weight.shape)
+def pull_bias(
+    first: Tensor, weight: Tensor, gradient: Tensor, groups: int, beside: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to b₁ and W₂, for that of the bias.
+
+    The second is added to ``beside``, what W₂ has from elsewhere, in place: another pass over a weight of its size
+    would cost as much as the product that it comes from.
+    """
+    ones = (1,) * (weight.dim() - 2)
+    if groups == 1:
+        before, spread = gradient @ weight.flatten(1), torch.outer(gradient, first)
+    else:
+        g = gradient.reshape(groups, -1, 1)
+        before, spread = g.mT @ grouped(weight.flatten(1), groups), g * first.reshape(groups, 1, -1)
+    if weight.dim() > 2:
+        before = before.reshape(first.shape[0], -1).sum(1)
+    spread = spread.reshape(*weight.shape[:2], *ones)
+    before = before.reshape(first.shape)
+    if beside is None:
+        return before, spread.expand(weight.shape)
+    # A transform may have one of them in a batch, and the other not.
+    added = beside + spread if torch._C._are_functorch_transforms_active() else beside.add_(spread)
+    return before, added
 
 
 def _over_taps(weight: Tensor) -> Tensor:

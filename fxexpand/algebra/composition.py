@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -58,7 +57,8 @@ class Composition:
             raise ValueError(f"expected biases of the layers {self.given}, and no others")
         if not self.steps:
             return weights[0], biases[0]
-        made = _Composed.apply(self, *weights, *(biases[slot] for slot in self.given))
+        function = _Composed if torch._C._are_functorch_transforms_active() else _ComposedAtOnce
+        made = function.apply(self, *weights, *(biases[slot] for slot in self.given))
         last = self.sources[-1]
         if last is None or last < self.layers:
             return made[len(self.steps) - 1], None if last is None else biases[last]
@@ -135,8 +135,18 @@ class _Composed(torch.autograd.Function):
         return _pushed(ctx.how, ctx.saved_tensors, tangents)
 
 
-# What apply() asks of every call; without the answer at hand it takes longer than a small product.
-_Composed.forward.__signature__ = inspect.signature(_Composed.forward)  # type: ignore[attr-defined]
+class _ComposedAtOnce(torch.autograd.Function):
+    """The same, where no transform of ``torch.func`` asks for the context apart: ``apply`` then binds the arguments to
+    the signature at each call, which takes longer than a small product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: Composition, *tensors: Tensor) -> tuple[Tensor, ...]:
+        made = _Composed.forward(how, *tensors)
+        _Composed.setup_context(ctx, (how, *tensors), made)
+        return made
+
+    backward, jvp = staticmethod(_Composed.backward), staticmethod(_Composed.jvp)
 
 
 def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -151,8 +161,8 @@ def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Ten
         gradient = fallen.get(slot)
         if gradient is not None:
             source, beside = how.sources[step.first], how.sources[step.second]
-            before, after = pull_bias(biases[source], second, gradient, step.groups)
-            fallen[source], pulled[step.second] = _sum(fallen[source], before), _sum(pulled[step.second], after)
+            before, after = pull_bias(biases[source], second, gradient, step.groups, pulled[step.second])
+            fallen[source], pulled[step.second] = _sum(fallen[source], before), after
             if beside is not None:
                 fallen[beside] = _sum(fallen[beside], gradient)
     return [*pulled[: how.layers], *(fallen[slot] for slot in how.given)]

@@ -48,7 +48,8 @@ def product_of(first: Kernel, second: Kernel) -> Product | None:
 
 def elements_turned(first: Kernel, second: Kernel) -> int:
     """How many elements of W₂ are moved before and after the product, besides being multiplied."""
-    return second.weight.numel() if _few(second.weight) and isinstance(product_of(first, second), PointwiseFirst) else 0
+    turns = _few(second.weight) and second.out_channels != second.groups
+    return second.weight.numel() if turns and isinstance(product_of(first, second), PointwiseFirst) else 0
 
 
 def tap_spacing(first: Kernel, second: Kernel) -> Ints:
@@ -114,9 +115,11 @@ class PointwiseFirst:
 
     def weight(self, first: Tensor, second: Tensor) -> Tensor:
         a, b = self._matrices(first, second)
-        if _few(second):
+        if second.shape[0] == self.groups:
+            product = _matmul(a[:, 0].mT, b[:, 0])
+        elif _few(second):
             turned = b.mT.reshape(self.groups, -1, a.shape[2])  # (G, n/G·k₂, c/G), so that one product does
-            product: Tensor = _matmul(turned, a[:, 0]).unflatten(1, (b.shape[1], -1)).mT.contiguous()
+            product = _matmul(turned, a[:, 0]).unflatten(1, (b.shape[1], -1)).mT.contiguous()
         else:
             product = a.mT @ b
         return product.reshape(second.shape[0], first.shape[1], *second.shape[2:])
@@ -124,7 +127,9 @@ class PointwiseFirst:
     def pull(self, first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self._matrices(first, second)
         g = gradient.reshape(*b.shape[:2], a.shape[3], -1)  # (G, n/G, m/G, k₂)
-        if _few(second):
+        if second.shape[0] == self.groups:
+            before, after = _matmul(b[:, 0], g[:, 0].mT), _matmul(a[:, 0], g[:, 0])
+        elif _few(second):
             turned = g.mT.reshape(self.groups, -1, a.shape[3])  # (G, n/G·k₂, m/G)
             before = _matmul(b.mT.reshape(self.groups, -1, a.shape[2]).mT, turned)
             after = _matmul(turned, a[:, 0].mT).unflatten(1, (b.shape[1], -1)).mT.contiguous()

@@ -66,7 +66,7 @@ class Collapsed(Expanded):
             kernel = self._composed()
         if isinstance(kernel, Refusal):
             return self._in_turn(input)
-        if not is_followed():
+        if self._memory.wanted and not is_followed():
             self._memory.keep(kernel.weight, self._sources())
         return self._assembly.like.over(kernel.weight, kernel.bias).apply(input)
 

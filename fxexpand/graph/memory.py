@@ -27,13 +27,14 @@ class KernelMemory:
     it. So what is taken can be differentiated, and is the weight of now. What torch does not count is not seen here
     either: numbers written in place through ``.data``, or by another process. Autograd itself relies on the same count.
 
-    Copies of it, also pickled ones, are empty: no graph can be copied.
+    Copies of it, also pickled ones, are empty: no graph can be copied. Nothing is kept before someone has asked once.
     """
 
-    __slots__ = ("__weakref__", "_kept")
+    __slots__ = ("__weakref__", "_kept", "wanted")
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
+        self.wanted = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KernelMemory, ()
@@ -50,6 +51,7 @@ class KernelMemory:
 
     def take(self, sources: Sequence[Tensor]) -> Tensor | None:
         """The weight kept, if it is what ``sources`` give now, in this thread; it is forgotten."""
+        self.wanted = True
         kept, self._kept = self._kept, None
         if kept is None or kept.thread != threading.get_ident() or len(kept.sources) != len(sources):
             return None
