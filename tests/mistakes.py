@@ -97,9 +97,9 @@ MUTANTS = [
     ),
     Mutant(
         "forgets the bias in the gradient of a weight",
-        "algebra.composition:_pulled",
-        "_sum(pulled[step.second], after)\n            if beside",
-        "pulled[step.second]\n            if beside",
+        "algebra.bias:pull_bias",
+        "beside.add_(spread)",
+        "beside",
     ),
     Mutant(
         "drops the gradient of a bias in the middle",

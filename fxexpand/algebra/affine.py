@@ -81,14 +81,18 @@ class Affine:
 
     def apply(self, x: Tensor) -> Tensor:
         """y for x of shape (batch, m, *size), or (*, m) when there are no spatial axes."""
+        return self.apply_with(x, self.kernel.weight, self.kernel.bias)
+
+    def apply_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with other numbers: what ``over(weight, bias).apply(x)`` gives."""
         if self.border is not None:
             x = F.pad(x, pad_amounts(self.border.sides), mode=self.border.mode)
         if self.transposed is None:
-            return self.kernel.apply(x)
+            return self.kernel.apply_with(x, weight, bias)
         t, convolve = self.transposed, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
         groups = self.kernel.groups
-        weight = swapped(self.kernel.weight, groups)
-        y: Tensor = convolve(x, weight, self.kernel.bias, t.stride, t.padding, t.output_padding, groups, t.dilation)
+        weight = swapped(weight, groups)
+        y: Tensor = convolve(x, weight, bias, t.stride, t.padding, t.output_padding, groups, t.dilation)
         return y
 
     def _padded(self, size: Ints) -> Ints:

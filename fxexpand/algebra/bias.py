@@ -26,8 +26,8 @@ def pull_bias(
 ) -> tuple[Tensor, Tensor]:
     """The gradients with respect to b₁ and W₂, for that of the bias.
 
-    The second is added to ``beside``, what W₂ has from elsewhere, in place: another pass over a weight of its size
-    would cost as much as the product that it comes from.
+    The second is added to ``beside``, what W₂ has from its product, in place where no transform may have one of them
+    in a batch and the other not: another tensor of its size costs as much as the product.
     """
     ones = (1,) * (weight.dim() - 2)
     if groups == 1:
@@ -41,7 +41,6 @@ def pull_bias(
     before = before.reshape(first.shape)
     if beside is None:
         return before, spread.expand(weight.shape)
-    # A transform may have one of them in a batch, and the other not.
     added = beside + spread if torch._C._are_functorch_transforms_active() else beside.add_(spread)
     return before, added
 

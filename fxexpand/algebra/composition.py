@@ -49,7 +49,7 @@ class Composition:
 
     def fits(self, biases: Sequence[Tensor | None]) -> bool:
         """Whether the layers that had a bias have one, and no others: with more of them it may not be exact."""
-        return tuple(slot for slot, bias in enumerate(biases) if bias is not None) == self.given
+        return [slot for slot, bias in enumerate(biases) if bias is not None] == list(self.given)
 
     def __call__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the whole, from those of the layers. Raises ``ValueError`` where biases do not fit."""
@@ -155,16 +155,18 @@ def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Ten
     pulled, fallen = how.everything((*(None,) * (how.layers + len(how.given)), *gradients))
     for slot, step in reversed(list(enumerate(how.steps, start=how.layers))):
         first, second = weights[step.first], weights[step.second]
+        after: Tensor | None = None
         if pulled[slot] is not None:
             before, after = step.product.pull(first, second, pulled[slot])
-            pulled[step.first], pulled[step.second] = _sum(pulled[step.first], before), _sum(pulled[step.second], after)
+            pulled[step.first] = _sum(pulled[step.first], before)
         gradient = fallen.get(slot)
         if gradient is not None:
             source, beside = how.sources[step.first], how.sources[step.second]
-            before, after = pull_bias(biases[source], second, gradient, step.groups, pulled[step.second])
-            fallen[source], pulled[step.second] = _sum(fallen[source], before), after
+            before, after = pull_bias(biases[source], second, gradient, step.groups, after)
+            fallen[source] = _sum(fallen[source], before)
             if beside is not None:
                 fallen[beside] = _sum(fallen[beside], gradient)
+        pulled[step.second] = _sum(pulled[step.second], after)
     return [*pulled[: how.layers], *(fallen[slot] for slot in how.given)]
 
 
@@ -188,6 +190,9 @@ def _pushed(how: Composition, tensors: Sequence[Tensor], tangents: Sequence[Tens
     return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(made, found, strict=True))
 
 
+_NOTHING = nullcontext()
+
+
 def composed(order: Order, how: Composition | None, chain: Sequence[Kernel]) -> tuple[Tensor, Tensor | None] | Refusal:
     """(weight, bias) of ``chain`` in ``order``: by ``how``, planned for it, where that fits and no compiler follows."""
     biases = [kernel.bias for kernel in chain]
@@ -206,8 +211,10 @@ def is_followed() -> bool:
 
 def exact_products(device: str) -> AbstractContextManager[None]:
     """No autocast: bfloat16 products would lose four digits."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device, enabled=False) if enabled else _NOTHING
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 Ints: TypeAlias = tuple[int, ...]
 Sides: TypeAlias = tuple[tuple[int, int], ...]
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,22 +118,26 @@ class Kernel:
 
     def apply(self, x: Tensor) -> Tensor:
         """y for x of shape (batch, m, *size), or (*, m) when d = 0."""
-        if self.dims == 0:
-            return self._apply_features(x)
-        padding = tuple(before for before, _ in self.padding)
-        if any(before < 0 or before != after for before, after in self.padding):  # torch's convolutions take no such
-            x, padding = _padded(x, self.padding), (0,) * self.dims
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
-        y: Tensor = convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.apply_with(x, self.weight, self.bias)
+
+    def apply_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with other numbers: what ``over(weight, bias).apply(x)`` gives."""
+        d = len(self.stride)
+        if d == 0:
+            return _apply_features(x, weight, bias, self.groups)
+        padding = [before for before, after in self.padding if before == after >= 0]
+        if len(padding) < d:  # torch's convolutions take no such
+            x, padding = _padded(x, self.padding), [0] * d
+        y: Tensor = _CONVOLVE[d - 1](x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y
 
-    def _apply_features(self, x: Tensor) -> Tensor:
-        if self.groups == 1:
-            return F.linear(x, self.weight, self.bias)
-        weight = grouped(self.weight, self.groups)  # (g, n/g, m/g)
-        parts = x.unflatten(-1, (self.groups, self.weight.shape[1]))  # (*, g, m/g)
-        y: Tensor = torch.einsum("gnm,...gm->...gn", weight, parts).flatten(-2)
-        return y if self.bias is None else y + self.bias
+
+def _apply_features(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    if groups == 1:
+        return F.linear(x, weight, bias)
+    parts = x.unflatten(-1, (groups, weight.shape[1]))  # (*, g, m/g)
+    y: Tensor = torch.einsum("gnm,...gm->...gn", grouped(weight, groups), parts).flatten(-2)
+    return y if bias is None else y + bias
 
 
 def pad_amounts(sides: Sides) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxexpand.algebra.affine import Affine, Border, identity, in_series, in_sum
 from fxexpand.algebra.channelwise import averaging, normalizing
 from fxexpand.algebra.combine import add
-from fxexpand.algebra.composition import Composition, composed
+from fxexpand.algebra.composition import Composition, composed, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
@@ -42,13 +42,14 @@ _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 class Leaf:
     """A module, its map without numbers, and the one number that its weight holds where it has no tensors.
 
-    ``bare``: that number is 1, and the map is padding at most.
+    ``bare``: that number is 1, and the map is padding at most. ``layer``: its weight and bias are those of the map.
     """
 
     path: Path
     like: Affine
     fill: float | None = None
     bare: bool = False
+    layer: bool = False
 
     def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel:
         """The map of the module as it is now; padding of another mode than zeros is left out.
@@ -57,7 +58,7 @@ class Leaf:
         of ``root`` by default.
         """
         module, like = at(root, self.path), self.like.kernel
-        if self.fill is None and type(module) not in _NORMS:
+        if self.layer:
             return like.over(cast(module.weight), cast(module.bias))
         beside = cast(next(root.parameters())) if beside is None else beside
         if self.fill is not None:
@@ -81,8 +82,14 @@ class Chain:
     composed: tuple[Assembly, ...]
     order: Order
     how: Composition | None
+    layers: tuple[Path, ...]  # those of ``composed``, where all are layers with a weight
 
     def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
+        if self.layers and self.how is not None and not is_followed():
+            modules = [at(root, path) for path in self.layers]
+            biases = [cast(module.bias) for module in modules]
+            if self.how.fits(biases):
+                return self.like.kernel.over(*self.how([cast(module.weight) for module in modules], biases))
         kernels: list[Kernel] = []
         for part in self.composed:
             found = part.kernel(root, cast, beside)
@@ -202,7 +209,11 @@ def _chain(like: Affine, parts: tuple[Assembly, ...]) -> Chain | Refusal:
     kept = tuple(part for part in parts if not (isinstance(part, Leaf) and part.bare)) or parts[:1]
     kernels = [part.like.kernel for part in kept]
     order = cheapest_order(kernels)
-    return order if isinstance(order, Refusal) else Chain(like, parts, kept, order, Composition.of(order, kernels))
+    if isinstance(order, Refusal):
+        return order
+    plain = all(isinstance(part, Leaf) and part.layer for part in kept)
+    layers = tuple(part.path for part in kept if isinstance(part, Leaf)) if plain else ()
+    return Chain(like, parts, kept, order, Composition.of(order, kernels), layers)
 
 
 def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
@@ -214,7 +225,7 @@ def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:
         return refusal
     kernel, mode, sides = lifted
     border = None if mode == "zeros" else Border(mode, sides)
-    return Leaf(path, Affine(kernel.detach().to(dtype=torch.float64, device="meta"), border))
+    return Leaf(path, Affine(kernel.detach().to(dtype=torch.float64, device="meta"), border), layer=True)
 
 
 def _norm(norm: nn.BatchNorm2d, path: Path, neutral: Kernel, *, running: bool) -> Leaf | Refusal:

@@ -68,7 +68,7 @@ class Collapsed(Expanded):
             return self._in_turn(input)
         if self._memory.wanted and not is_followed():
             self._memory.keep(kernel.weight, self._sources())
-        return self._assembly.like.over(kernel.weight, kernel.bias).apply(input)
+        return self._assembly.like.apply_with(input, kernel.weight, kernel.bias)
 
     def weight_of_step(self) -> Tensor | Refusal:
         """The weight of the one layer, (n, m / groups, *k): the last forward's if it still holds, else composed now.
@@ -83,7 +83,10 @@ class Collapsed(Expanded):
         return whole if isinstance(whole, Refusal) else whole.weight
 
     def _is_as_it_was(self) -> bool:
-        return all(expected.matches(at(self, path)) for path, expected in self._expected)
+        for path, expected in self._expected:  # noqa: SIM110 -- a generator costs as much as what it asks
+            if not expected.matches(at(self, path)):
+                return False
+        return True
 
     def _sources(self) -> list[Tensor]:
         """The tensors that the weight depends on, and those that the bias does."""

@@ -48,10 +48,15 @@ class Fingerprint:
             return False
         if self.switched is not None and _switched(module) != self.switched:
             return False
-        if not (_have(module._parameters, self.parameters) and _have(module._buffers, self.buffers)):
+        if not _have(module._parameters, self.parameters) or (
+            self.buffers and not _have(module._buffers, self.buffers)
+        ):
             return False
-        children = module._modules
-        return all((child := children.get(name)) is not None and of.matches(child) for name, of in self.inner)
+        for name, of in self.inner:
+            child = module._modules.get(name)
+            if child is None or not of.matches(child):
+                return False
+        return True
 
     def _has_settings(self, module: nn.Module) -> bool:
         if torch.compiler.is_compiling():

@@ -24,13 +24,13 @@ def effective_decay(model: nn.Module) -> Tensor:
     are left out. In the loss, it goes through an optimiser's moments: with AdamW, too, it is the L2 penalty of Adam.
 
     A collapsed expansion has composed W in the forward, and that is what is taken, with its graph: the penalty costs
-    no second composition. So call it after the forward, in the step whose loss it joins, and go backward once through
-    their sum; separate ``backward`` calls need ``retain_graph=True``, as for all that shares a graph. W is composed
-    anew for expansions that run layer by layer, before the first forward and after ``backward``, after a forward
-    without gradients, in a model under ``torch.compile``, under ``torch.func``, on another thread, for whoever asks a
-    second time, and when a parameter has changed since the forward as torch counts changes. A write that torch does not
-    count (in place through ``.data``) between the forward and this call is not seen: the penalty is then that of the
-    weights that the loss was computed with.
+    no second composition, from its second call for a model on. So call it after the forward, in the step whose loss
+    it joins, and go backward once through their sum; separate ``backward`` calls need ``retain_graph=True``, as for
+    all that shares a graph. W is composed anew for expansions that run layer by layer, before the first forward and
+    after ``backward``, after a forward without gradients, in a model under ``torch.compile``, under ``torch.func``,
+    on another thread, for whoever asks a second time, and when a parameter has changed since the forward as torch
+    counts changes. A write that torch does not count (in place through ``.data``) between the forward and this call
+    is not seen: the penalty is then that of the weights that the loss was computed with.
 
     An expansion in which no weight requires a gradient is left out, as optimisers leave it out. One that is called
     twice counts once, one inside another counts as part of it. Regions that nobody expanded, which ``collapse`` also

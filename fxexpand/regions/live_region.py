@@ -64,7 +64,7 @@ class LiveRegion(nn.Module):
             numbers = self._composed(held)
         if isinstance(numbers, Refusal):
             return self._in_turn(input, held)
-        return self._recipe.like.over(*numbers).apply(input)
+        return self._recipe.like.apply_with(input, *numbers)
 
     def _in_turn(self, x: Tensor, held: Sequence[Any]) -> Tensor:
         found: Tensor = self._record.run(x, held)

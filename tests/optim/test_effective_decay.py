@@ -48,7 +48,22 @@ def compact() -> nn.Module:
 
 
 def collapsed() -> nn.Module:
-    return collapse(expand(compact(), [CL(2), FC(2, depth=3)]))
+    """Collapsed expansions that the penalty was asked of before: from then on each forward keeps its kernel for it."""
+    model = collapse(expand(compact(), [CL(2), FC(2, depth=3)]))
+    effective_decay(model)
+    return model
+
+
+def test_nothing_is_kept_before_someone_has_asked() -> None:
+    model = collapse(expand(compact(), [CL(2), FC(2, depth=3)]))
+    model(images())
+    with Products() as first:
+        effective_decay(model)
+    model(images())
+    with Products() as second:
+        effective_decay(model)
+    assert first.count > 0
+    assert second.count == 0
 
 
 def images() -> Tensor:
