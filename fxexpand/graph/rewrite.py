@@ -51,7 +51,14 @@ class RecordStep:
     paths: tuple[str, ...]
 
 
-EditStep: TypeAlias = "ModuleStep | StructureStep | FunctionStep | RecordStep"
+@dataclass(frozen=True)
+class EmitStep:
+    """Put nodes into the graph, at its insertion point, by ``emit(graph, value before)``; the last gives the value."""
+
+    emit: Callable[[fx.Graph, fx.Node], list[fx.Node]]
+
+
+EditStep: TypeAlias = "ModuleStep | StructureStep | FunctionStep | RecordStep | EmitStep"
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ def _emit(graph: fx.Graph, value: fx.Node, step: EditStep) -> list[fx.Node]:
         return step.record.emit(graph, value, step.paths)
     if isinstance(step, StructureStep):
         return list(_emit_structure(graph, value, step.structure, step.path))
+    if isinstance(step, EmitStep):
+        return step.emit(graph, value)
     if isinstance(step, ModuleStep):
         return [graph.call_module(step.path, (value, *map(graph.get_attr, step.attributes)))]
     tensors = [None if path is None else graph.get_attr(path) for path in step.attributes]

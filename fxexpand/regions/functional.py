@@ -25,7 +25,7 @@ _POOLS: dict[Any, int] = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _POOL_NAMES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 def _convolution(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
@@ -91,7 +91,7 @@ def _addmm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
 
 
 def _batch_norm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
-    given = arguments.by_name(node, _NORM_NAMES)
+    given = arguments.by_name(node, NORM_NAMES)
     if given is None:
         return None
     mean, var = given.get("running_mean"), given.get("running_var")

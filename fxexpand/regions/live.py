@@ -20,6 +20,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.geometry import DIMS
 from fxexpand.graph.layers import BATCH_NORMS
 from fxexpand.graph.record import Record
+from fxexpand.regions.functional import NORM_NAMES
 from fxexpand.regions.maps import shaped
 from fxexpand.regions.parts import Join
 from fxexpand.regions.reading import Reading
@@ -82,15 +83,51 @@ class Normalizing:
 
 
 @dataclass(frozen=True, eq=False)
+class CalledNorm:
+    """``F.batch_norm`` with running statistics, on ``dims`` spatial axes."""
+
+    mean: int
+    var: int
+    weight: int | None
+    bias: int | None
+    eps: float
+    dims: int
+
+    def map(self, held: Held) -> Affine:
+        weight, bias = (None if at is None else held[at] for at in (self.weight, self.bias))
+        scale, shift = normalizing(held[self.mean], held[self.var], weight, bias, self.eps)
+        return Affine(depthwise(scale, shift, self.dims))
+
+
+@dataclass(frozen=True, eq=False)
 class Constant:
-    """A map without parameters, in the dtype and on the device that the weight of ``beside`` has."""
+    """A map without parameters, in the dtype and on the device that the weight of ``beside`` has.
+
+    ``fills`` are the number that all of its weight holds, and that of its bias; None where they hold several.
+    """
 
     affine: Affine | None
     beside: Layer | Called
+    fills: tuple[float, float | None] | None
+
+    @staticmethod
+    def of(affine: Affine | None, beside: Layer | Called) -> Constant:
+        """``affine``, beside a layer."""
+        numbers = [] if affine is None else [affine.kernel.weight, affine.kernel.bias]
+        uniform = bool(numbers) and all(t is None or bool((t == t.flatten()[0]).all()) for t in numbers)
+        fills = [None if t is None else float(t.flatten()[0]) for t in numbers] if uniform else []
+        return Constant(affine, beside, (fills[0], fills[1]) if fills and fills[0] is not None else None)
 
     def map(self, held: Held) -> Affine | None:
-        weight = self.beside.map(held).kernel.weight
-        return None if self.affine is None else self.affine.to(dtype=weight.dtype, device=weight.device)
+        beside = self.beside.map(held).kernel.weight
+        if self.affine is None:
+            return None
+        if self.fills is None:
+            return self.affine.to(dtype=beside.dtype, device=beside.device)
+        # Made anew, not copied: what follows the composition then sees numbers, and no tensor of ours.
+        kernel, (fill, shift) = self.affine.kernel, self.fills
+        bias = None if shift is None or kernel.bias is None else beside.new_full(kernel.bias.shape, shift)
+        return self.affine.over(beside.new_full(kernel.weight.shape, fill), bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +205,7 @@ def live_steps(
                     known = shaped(reading.signal(stretch.source))
                     if isinstance(known, Refusal) or beside is None:
                         return known if isinstance(known, Refusal) else _NO_DTYPE
-                    steps.append(LiveStep((0,), Constant(identity(*known), beside)))
+                    steps.append(LiveStep((0,), Constant.of(identity(*known), beside)))
                     sources[i] = len(steps)
             steps.append(LiveStep(tuple(sources), None, part.factors))
         else:
@@ -201,7 +238,7 @@ def live_map(reading: Reading, node: fx.Node, record: Record, beside: Layer | Ca
         return _called(node, record, like)
     exact = reading.map_of(node)
     assert not isinstance(exact, Refusal)
-    return Constant(exact, beside) if beside is not None else _NO_DTYPE
+    return Constant.of(exact, beside) if beside is not None else _NO_DTYPE
 
 
 # Why what code makes of parameters is left alone.
@@ -222,18 +259,35 @@ def weight_beside(reading: Reading, nodes: Sequence[fx.Node], record: Record) ->
 
 
 def _called(node: fx.Node, record: Record, like: Affine | None) -> LiveMap | Refusal:
-    """A call of a function with a weight that is an attribute."""
+    """A call of a function with a weight, or statistics, that are attributes."""
+    if node.target is F.batch_norm and like is not None:
+        return _called_norm(node, record, like.dims)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     product = name in _PRODUCTS
     if like is None or not (node.target in _CONVOLUTIONS or node.target is F.linear or product):
         return CODE
     names = ("input", "mat2" if node.target is torch.mm else "other") if product else ("input", "weight", "bias")
+    held = _attributes(node, names, names[1:], record)
+    if held is None or held[0] is None:
+        return CODE
+    return Called(like, held[0], held[1] if len(held) > 1 else None, product)
+
+
+def _called_norm(node: fx.Node, record: Record, dims: int) -> LiveMap | Refusal:
+    held = _attributes(node, NORM_NAMES, ("running_mean", "running_var", "weight", "bias"), record)
+    if held is None or held[0] is None or held[1] is None:
+        return CODE
+    eps: Any = (dict(zip(NORM_NAMES, node.args, strict=False)) | dict(node.kwargs)).get("eps", 1e-5)
+    return CalledNorm(held[0], held[1], held[2], held[3], eps, dims)
+
+
+def _attributes(node: fx.Node, names: Sequence[str], wanted: Sequence[str], record: Record) -> list[int | None] | None:
+    """The positions in ``record`` of the ``wanted`` arguments; None where one is made by code."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     held: list[int | None] = []
-    for key in names[1:]:
-        value = given.get(key)
+    for name in wanted:
+        value = given.get(name)
         if value is not None and not (isinstance(value, fx.Node) and value.op == "get_attr"):
-            return CODE
+            return None
         held.append(None if value is None else record.paths.index(str(value.target)))
-    weight, bias = held[0], held[1] if len(held) > 1 else None
-    return CODE if weight is None else Called(like, weight, bias, product)
+    return held

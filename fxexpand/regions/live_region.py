@@ -52,6 +52,16 @@ class LiveRegion(nn.Module):
         self._expected = tuple(tuple(x.shape) if isinstance(x, Tensor) else Fingerprint.of(x) for x in held)
 
     @property
+    def like(self) -> Affine:
+        """The one layer, without numbers."""
+        return self._recipe.like
+
+    @property
+    def rank(self) -> int | None:
+        """The number of axes that its input has to have, where that matters."""
+        return self._recipe.rank
+
+    @property
     def record(self) -> Record:
         """The nodes that it stands for."""
         return self._record
@@ -61,7 +71,7 @@ class LiveRegion(nn.Module):
         if not self._is_as_planned(input, held):
             return self._in_turn(input, held)
         with exact_products(input.device.type):
-            numbers = self._composed(held)
+            numbers = self.composed(held)
         if isinstance(numbers, Refusal):
             return self._in_turn(input, held)
         return self._recipe.like.apply_with(input, *numbers)
@@ -79,7 +89,7 @@ class LiveRegion(nn.Module):
             return False
         return all(expected.matches(module) for expected, module in pairs if isinstance(expected, Fingerprint))
 
-    def _composed(self, held: Sequence[Any]) -> tuple[Tensor, Tensor | None] | Refusal:
+    def composed(self, held: Sequence[Any]) -> tuple[Tensor, Tensor | None] | Refusal:
         """(weight, bias) of the one layer."""
         maps: list[Affine] = []
         for steps in self._recipe.parts:

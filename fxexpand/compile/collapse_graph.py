@@ -1,0 +1,124 @@
+"""The linear regions of a captured graph, composed in the graph: by nodes, of the weights that it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+
+from fxexpand.algebra.composition import exact_products
+from fxexpand.algebra.refusal import Refusal
+from fxexpand.compile.lifted import LiftedWeights, noted
+from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
+from fxexpand.regions.live_region import LiveRegion
+from fxexpand.regions.training import LivePlan, plan_regions
+
+
+def collapse_graph(gm: fx.GraphModule) -> fx.GraphModule | None:
+    """``gm`` with each linear region as one layer, where that makes a step cheaper; None where there is none.
+
+    Before:  y = conv2d(conv2d(x, w₁), w₂)
+    After:   w = w₂ ∘ w₁; y = conv2d(x, w)
+
+    ``gm`` is a graph of functions of torch, with the weights among its inputs and a note of each value, as Dynamo
+    hands to a backend. The inputs stay what they were, in their order. Nothing of a weight is looked at but its shape,
+    strides, dtype and device: the nodes compose it at each call, differentiably, with autocast off. Extents that vary
+    stay so. What switches autocast or gradients ends a region.
+    """
+    lifted = LiftedWeights.of(gm)
+    plans = [plan for plan in plan_regions(lifted.view, lifted.shapes, {}) if isinstance(plan, LivePlan)]
+    cast = _is_cast(lifted.view)
+    edits = [edit for plan in plans if plan.refusal is None and (edit := _edit(lifted, plan, cast=cast)) is not None]
+    if not edits:
+        return None
+    rewrite(edits)
+    return lifted.lowered()
+
+
+def _edit(lifted: LiftedWeights, plan: LivePlan, *, cast: bool) -> Edit | None:
+    """The nodes that stand for the region; None where that cannot be said without running it."""
+    region, nodes = plan.region, plan.nodes
+    held = [getattr(lifted.view, path, None) for path in region.record.paths]
+    order = {node: i for i, node in enumerate(lifted.view.graph.nodes)}
+    between = [node for node in lifted.view.graph.nodes if order[nodes[0]] < order[node] < order[nodes[-1]]]
+    if any(map(_switches, between)) or not all(path in lifted.names for path in region.record.paths):
+        return None
+    rank = lifted.shapes.get(plan.merge.stretch.source)
+    if region.rank is not None and (rank is None or len(rank) != region.rank):
+        return None
+    device = _device(lifted, region)
+    composing = None if device is None else _traced(region, [h for h in held if isinstance(h, Tensor)], device)
+    if composing is None or device is None:
+        return None
+
+    def emit(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
+        made: list[fx.Node] = []
+        if cast:
+            made.append(graph.call_function(_enter_autocast, (device.type, None, False, None)))
+        weights = [graph.get_attr(path) for path in region.record.paths]
+        inner, (weight, bias) = _inlined(graph, composing, weights)
+        made += inner
+        if cast:
+            made.append(graph.call_function(_exit_autocast, (made[0],)))
+        tracer = GraphAppendingTracer(graph)
+        numbers = (None if node is None else Proxy(node, tracer) for node in (weight, bias))
+        applied: Any = region.like.apply_with(Proxy(value, tracer), *numbers)  # type: ignore[arg-type]
+        return [*made, applied.node]
+
+    return Edit(plan.gm, nodes, (EmitStep(emit),), source=plan.merge.stretch.source, constants=plan.constants)
+
+
+def _device(lifted: LiftedWeights, region: LiveRegion) -> torch.device | None:
+    """Where the weights of the region are; None where they are at several places."""
+    devices = {lifted.device_of(path) for path in region.record.paths}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _traced(region: LiveRegion, held: list[Tensor], device: torch.device) -> fx.GraphModule | None:
+    """The composition of ``region``, as a graph of plain operations; None where its layers form no one layer."""
+
+    def compose(*weights: Tensor) -> Any:
+        numbers = region.composed(weights)
+        return (None, None) if isinstance(numbers, Refusal) else numbers
+
+    with exact_products(device.type), torch._subclasses.FakeTensorMode(), torch.no_grad():
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in held]
+        found: fx.GraphModule = make_fx(compose, pre_dispatch=True)(*fakes)
+    output = next(node for node in found.graph.nodes if node.op == "output")
+    fixed = any(node.op in ("get_attr", "call_module") for node in found.graph.nodes)
+    return None if fixed or output.args[0][0] is None else found
+
+
+def _inlined(
+    graph: fx.Graph, composing: fx.GraphModule, weights: list[fx.Node]
+) -> tuple[list[fx.Node], tuple[fx.Node, fx.Node | None]]:
+    """The nodes of ``composing`` put into ``graph``, to read ``weights``; and those that give weight and bias."""
+    places = iter(weights)
+    seen: dict[fx.Node, fx.Node] = {}
+    made: list[fx.Node] = []
+    for node in composing.graph.nodes:
+        if node.op == "placeholder":
+            seen[node] = next(places)
+        elif node.op != "output":
+            seen[node] = graph.node_copy(node, seen.__getitem__)
+            made.append(seen[node])
+    result = next(node for node in composing.graph.nodes if node.op == "output").args[0]
+    weight, bias = (None if node is None else seen[node] for node in result)
+    assert weight is not None, "traced as one layer"
+    return made, (weight, bias)
+
+
+def _switches(node: fx.Node) -> bool:
+    """Whether ``node`` may switch a mode, such as autocast or gradients: a call for its effect alone."""
+    if node.op != "call_function" or isinstance(noted(node), (Tensor, torch.SymInt, int, float, tuple, list)):
+        return False
+    return all(_switches(source) for source in node.all_input_nodes)
+
+
+def _is_cast(gm: fx.GraphModule) -> bool:
+    """Whether autocast may be on where the graph runs, so that composing has to switch it off."""
+    return torch._C._is_any_autocast_enabled() or any(node.target is _enter_autocast for node in gm.graph.nodes)

@@ -1,0 +1,259 @@
+"""Regions of captured graphs, composed in the graph: float64, against the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxexpand import CL, FC, expand
+from fxexpand.compile.collapse_graph import collapse_graph
+
+LAYERS = (torch.conv2d, F.linear, F.batch_norm)
+
+
+class Block(nn.Module):
+    """RepVGG's block without batch norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.square = nn.Conv2d(channels, channels, 3, padding=1)
+        self.point = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.square(x) + self.point(x) + x)
+
+
+class Captured:
+    """A backend that keeps the graphs it is given and what became of them, and runs the latter."""
+
+    def __init__(self) -> None:
+        self.given: list[fx.GraphModule] = []
+        self.made: list[fx.GraphModule | None] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.given.append(gm)
+        self.made.append(collapse_graph(gm))
+        return (self.made[-1] or gm).forward
+
+    def layers(self) -> tuple[int, int]:
+        """How many layers the last graph called, and calls now."""
+        made = self.made[-1] or self.given[-1]
+        before, after = (sum(n.target in LAYERS for n in gm.graph.nodes) for gm in (self.given[-1], made))
+        return before, after
+
+
+def captured(model: nn.Module, *inputs: Tensor, dynamic: bool | None = None) -> tuple[Captured, Any]:
+    torch._dynamo.reset()
+    found = Captured()
+    compiled = torch.compile(model, backend=found, fullgraph=True, dynamic=dynamic)
+    compiled(*inputs)
+    return found, compiled
+
+
+def images(channels: int = 8, batch: int = 4, size: int = 48) -> Tensor:
+    return torch.randn(batch, channels, size, size, dtype=torch.float64)
+
+
+def chain() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, stride=2, bias=False), nn.Conv2d(16, 8, 1))
+
+
+def norms() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    norm: Any = model[1]
+    nn.init.uniform_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 1, 2)
+    return model.eval()
+
+
+def assert_same(model: nn.Module, compiled: Any, x: Tensor) -> None:
+    """Output and gradients of every parameter, to 1e-10."""
+    expected, found = model(x), compiled(x)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(found, parameters, upstream)
+    theirs = torch.autograd.grad(expected, parameters, upstream)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-9) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "layers"),
+    [
+        pytest.param(chain(), images(), (3, 1), id="chain"),
+        pytest.param(Block(8), images(), (2, 1), id="branches"),
+        pytest.param(norms(), images(), (2, 1), id="batch-norm"),
+        pytest.param(
+            nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)), torch.randn(512, 64).double(), (2, 1), id="linear"
+        ),
+        pytest.param(
+            expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 46 * 46, 4)), CL(4)),
+            images(),
+            (4, 2),
+            id="expanded",
+        ),
+    ],
+)
+def test_one_layer_a_region(model: nn.Module, x: Tensor, layers: tuple[int, int]) -> None:
+    model.double()
+    found, compiled = captured(model, x)
+    assert found.layers() == layers
+    assert_same(model, compiled, x)
+
+
+def test_inputs_and_the_graph_given_stay() -> None:
+    model = chain().double()
+    found, _ = captured(model, images())
+    given, made = found.given[-1], found.made[-1]
+    assert made is not None
+    names = [[n.target for n in gm.graph.nodes if n.op == "placeholder"] for gm in (given, made)]
+    assert names[0] == names[1]
+    assert sum(n.target in LAYERS for n in given.graph.nodes) == 3
+    held = {n.op for n in made.graph.nodes}
+    assert held == {"placeholder", "call_function", "output"}, "no module, no tensor of ours: caches key by the code"
+
+
+def test_a_graph_without_regions() -> None:
+    found, _ = captured(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double(), images())
+    assert found.made == [None]
+
+
+def test_dearer_stays() -> None:
+    """On few signals, composing costs more than applying both."""
+    found, _ = captured(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16)).double(), torch.randn(2, 16).double())
+    assert found.made == [None]
+
+
+def test_batches_stay_dynamic() -> None:
+    model = chain().double()
+    found, compiled = captured(model, images(), dynamic=True)
+    for batch in (2, 5, 7):
+        assert_same(model, compiled, images(batch=batch, size=40 + batch))
+    assert len(found.given) == 1
+    assert found.layers() == (3, 1)
+
+
+class Switched(nn.Module):
+    """A mode that is switched between two layers."""
+
+    def __init__(self, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with self.context():
+            y: Tensor = self.second(x)
+            return y
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no-grad", "autocast"]
+)
+def test_a_mode_that_is_switched_ends_a_region(context: Callable[[], Any]) -> None:
+    model, x = Switched(context), images().float()
+    found, compiled = captured(model, x)
+    assert found.made == [None]
+    expected = model(x)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_regions_beside_a_switched_mode() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outside, self.inside = chain(), chain()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                frozen = self.inside(x)
+            return self.outside(x), frozen
+
+    model, x = Both().double(), images()
+    found, compiled = captured(model, x)
+    assert found.layers() == (6, 2)
+    for ours, theirs in zip(compiled(x), model(x), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10)
+        assert ours.requires_grad == theirs.requires_grad
+
+
+def test_composes_in_the_dtype_of_the_parameters_under_autocast() -> None:
+    model, x = chain(), images().float()
+    torch._dynamo.reset()
+    found = Captured()
+    compiled = torch.compile(model, backend=found, fullgraph=True)
+    exact = model.double()(x.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = compiled(x)
+    weight_first = sum(
+        n.target is torch.amp.autocast_mode._enter_autocast for n in (found.made[-1] or found.given[-1]).graph.nodes
+    )
+    assert weight_first == 1
+    assert ours.dtype == torch.bfloat16
+    # One layer in bfloat16: its weight and its input rounded once, 2⁻⁹ each, the output once more.
+    assert float((ours - exact).norm() / exact.norm()) < 3 * 2**-9
+
+
+def test_training_batch_norm_and_weights_that_the_graph_changes_stay() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain()
+            self.scale = nn.Buffer(torch.ones(16, 16, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(0.5)
+            first: Any = self.layers[0]
+            return F.conv2d(F.conv2d(x, first.weight), self.scale)
+
+    for model, x in ((norms().train(), images()), (Counting(), images())):
+        found, _ = captured(model.double(), x)
+        assert found.made == [None]
+
+
+def test_weights_that_are_handed_in_and_the_same_one_twice() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return F.conv2d(self.layer(self.layer(x)), weight)
+
+    model, x, weight = Tied().double(), images(), torch.randn(8, 8, 3, 3, dtype=torch.float64)
+    found, compiled = captured(model, x, weight)
+    assert found.layers() == (3, 1)
+    assert torch.allclose(compiled(x, 2 * weight), model(x, 2 * weight), rtol=1e-10)
+
+
+def test_what_is_checkpointed_is_left_alone() -> None:
+    class Saved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = chain(), Block(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.inside, self.outside(x), use_reentrant=False)
+            return y
+
+    model, x = Saved().double(), images()
+    found, compiled = captured(model, x)
+    assert found.layers() == (2, 1)
+    assert_same(model, compiled, x)
+
+
+def test_several_layers_and_a_hidden_chain_of_a_user() -> None:
+    model = expand(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), FC(2, depth=3)).double()
+    x = torch.randn(2048, 64, dtype=torch.float64)
+    found, compiled = captured(model, x)
+    assert found.layers()[0] == 6
+    assert found.layers()[1] < 6
+    assert_same(model, compiled, x)
