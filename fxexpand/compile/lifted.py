@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.regions.effects import nodes_in
 from fxexpand.regions.shapes import Shapes
@@ -116,7 +117,9 @@ def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 def _is_weight(node: fx.Node, value: Tensor) -> bool:
     """Whether an input is a parameter, or is nothing but what layers are called with beside their signal."""
-    if node.op not in ("placeholder", "get_attr") or any(map(_varies, (*value.shape, *value.stride()))):
+    if node.op not in ("placeholder", "get_attr") or is_traceable_wrapper_subclass(value):
+        return False
+    if any(map(_varies, (*value.shape, *value.stride()))):
         return False
     if isinstance(value, nn.Parameter) or node.op == "get_attr":
         return True

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fxexpand import CL, FC, expand
@@ -257,3 +258,12 @@ def test_several_layers_and_a_hidden_chain_of_a_user() -> None:
     assert found.layers()[0] == 6
     assert found.layers()[1] < 6
     assert_same(model, compiled, x)
+
+
+def test_tensors_of_another_class_are_left_alone() -> None:
+    """Weights that are several tensors each, as where they are spread over processes."""
+    model: Any = nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)).double()
+    for layer in model:
+        layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach().clone()))
+    found, _ = captured(model, images())
+    assert found.made == [None]
