@@ -10,6 +10,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.sharded import is_sharded, is_spread
 from fxexpand.optim.expansions import expansions_of
 
 
@@ -44,13 +45,17 @@ def effective_decay(model: nn.Module) -> Tensor:
     identity branch out. Here W is the whole kernel, as it will be deployed. Batch norm in branches scales them by its
     running statistics, as ``contract`` will, also while it trains; as there, no gradient goes through the statistics.
 
+    In data-parallel training it is the same in each process, and so is its share of the averaged gradients. Under
+    ``fully_shard`` the model has to be collapsed, and its parameters whole from the forward to the backward: those of
+    the root are, an expansion that is sharded by itself needs ``reshard_after_forward=False``.
+
     Raises ``ExpansionError`` where an expansion is not one layer at the moment (hooks on its layers, other layers), or
-    its layers stand outside of one, and for what is no module.
+    its layers stand outside of one, where its parameters are spread over several processes, and for what is no module.
     """
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise ExpansionError(f"effective_decay: expected a torch.nn.Module, found {found}. Pass the model itself.")
-    terms = [_half_squares(_weight(path, expanded)) for path, expanded in _trained(model)]
+    terms = [_half_squares(_weight(model, path, expanded)) for path, expanded in _trained(model)]
     if not terms:
         return _zero(model)
     total, *others = terms
@@ -70,8 +75,10 @@ def _trains_a_weight(expanded: Expanded) -> bool:
     return any(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in weights)
 
 
-def _weight(path: str, expanded: Expanded) -> Tensor:
+def _weight(model: nn.Module, path: str, expanded: Expanded) -> Tensor:
     """(n, m / groups, *k)."""
+    if any(map(is_spread, expanded.parameters())):
+        raise ExpansionError(f"{_place(path, expanded)}: expected whole parameters, found sharded ones. {_GATHERED}")
     if isinstance(expanded, Collapsed):
         found = expanded.weight_of_step()
     else:
@@ -79,12 +86,22 @@ def _weight(path: str, expanded: Expanded) -> Tensor:
             whole = expanded.as_kernel(running=True)
         found = whole if isinstance(whole, Refusal) else whole.weight
     if isinstance(found, Refusal):
+        remedy = _GATHERED if is_sharded(model) else f"Undo that, or {_FACTORS}"
         raise ExpansionError(
-            f"effective_decay: {path or 'the model'} ({expanded.origin.description}): expected layers that form one, "
-            f"whose weight decays, found: {found}. Undo that, or let the factors decay: "
-            "parameter_groups(model, weight_decay, mode='factors')."
+            f"{_place(path, expanded)}: expected layers that form one, whose weight decays, found: {found}. {remedy}"
         )
     return found
+
+
+_FACTORS = "let the factors decay: parameter_groups(model, weight_decay, mode='factors')."
+_GATHERED = (
+    "Collapse the model before it is sharded, shard its expansions with reshard_after_forward=False, and call "
+    f"effective_decay between the forward and the backward; or {_FACTORS}"
+)
+
+
+def _place(path: str, expanded: Expanded) -> str:
+    return f"effective_decay: {path or 'the model'} ({expanded.origin.description})"
 
 
 def _half_squares(weight: Tensor) -> Tensor:
