@@ -7,20 +7,23 @@ import shutil
 import signal
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -83,14 +86,17 @@ def train(
     return model
 
 
-def in_one_process(form: str, name: str, steps: int = STEPS, decay: float = 0) -> nn.Module:
-    model = built(form)
-    return train(model, OPTIMIZERS[name](model.parameters()), range(steps), decay=decay)
+@cache
+def in_one_process(name: str, decay: float = 0) -> nn.Module:
+    """What one process trains, layer by layer."""
+    model = built("expanded")
+    return train(model, OPTIMIZERS[name](model.parameters()), decay=decay)
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` with all of each parameter, in every process; without the names that DDP puts before."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return state
 
 
 def distance(model: nn.Module, other: nn.Module) -> float:
@@ -119,23 +125,23 @@ def sharded(model: nn.Module, by: str) -> nn.Module:
 # --- checkpoints ---
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, **how: Any) -> None:
+def write(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, **how: Any) -> None:
     """Write a checkpoint to a new folder, and give it its name when all processes have written."""
     if dist.get_rank() == 0:
         shutil.rmtree(folder / "unfinished", ignore_errors=True)
     dist.barrier()
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "unfinished", **how)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "unfinished", **how)
     if dist.get_rank() == 0:
         (folder / "unfinished").rename(folder / f"step_{step}")
     dist.barrier()
 
 
-def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def read(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Load the newest whole checkpoint."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / f"step_{newest(folder)}")
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    load(state, checkpoint_id=folder / f"step_{newest(folder)}")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -144,7 +150,7 @@ def newest(folder: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in folder.glob("step_*")), default=0)
 
 
-class DyingWriter(dcp.FileSystemWriter):
+class DyingWriter(FileSystemWriter):
     """Writes its part of a checkpoint; then its process is killed."""
 
     def write_data(self, *given: Any) -> Any:

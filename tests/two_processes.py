@@ -22,8 +22,12 @@ WORLD = 2
 _TIMEOUT = 60
 _DEADLINE = 120
 
-# Loaded once, in the process that the others are forked from: importing torch takes longer than the tests.
-_PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "networkx"]
+# Loaded once, in the process that the others are forked from: importing torch takes longer than the tests. Not the
+# library: that process has another path, on which there may be another one.
+_PRELOADED = [
+    *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch._dynamo"),
+    *("networkx", "pytest"),
+]
 
 
 def run_pair(task: Callable[..., None], *given: Any, folder: Path, killed: int | None = None) -> None:

@@ -9,8 +9,11 @@ from torch import Tensor, fx, nn
 from fxexpand.errors import FxExpandError
 
 # They are known by name: to import them would cost each user what few need, and some builds of torch have none.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
-_SHARDING = ("FSDPModule",)
+_WRAPPER = "DistributedDataParallel"
+_SHARDING = "FSDPModule"
+_SHARDING_WRAPPER = "FullyShardedDataParallel"
+_MANAGED = "_is_fsdp_managed_module"  # what both leave in all modules in them, for compilers
+_FLATTENED = "_fsdp_flattened"  # what the wrapper leaves in its parameters
 
 _BEFORE_SHARDING = ("trace", "expand", "collapse", "uncollapse", "counterpart")
 _ORDER = "Expand first, then collapse, then shard: fully_shard(collapse(expand(model, rules)))."
@@ -28,7 +31,7 @@ def check_whole(model: nn.Module, task: str, error: type[FxExpandError], *, rewr
     parameters that it was given, and goes on with these when they are replaced. ``task`` opens the message.
     """
     for path, module in model.named_modules():
-        if rewritten and path and _is_one_of(module, _WRAPPERS):
+        if rewritten and path and _is_a(module, _WRAPPER):
             raise error(
                 f"{task}: {path}: expected a plain torch.nn.Module, found one wrapped for distributed training. Put "
                 "its .module there, and wrap afterwards."
@@ -47,8 +50,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether each process has a part of ``tensor`` (a ``DTensor``)."""
-    return type(tensor) not in (Tensor, nn.Parameter) and _is_one_of(tensor, ("DTensor",))
+    """Whether each process has a part of ``tensor``: a ``DTensor``, or of the older kind (``is_flattened``)."""
+    return is_flattened(tensor) or (type(tensor) not in (Tensor, nn.Parameter) and _is_a(tensor, "DTensor"))
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether ``FullyShardedDataParallel`` has ``tensor``: its shape then tells nothing of what it is a part of."""
+    return hasattr(tensor, _FLATTENED)
 
 
 def never_gathered(gm: fx.GraphModule) -> list[str]:
@@ -62,7 +70,7 @@ def never_gathered(gm: fx.GraphModule) -> list[str]:
     def is_called(path: str) -> bool:
         return any(path == target or path.startswith(f"{target}.") for target in called)
 
-    sharded = (path for path, module in gm.named_modules() if path and _is_one_of(module, _SHARDING))
+    sharded = (path for path, module in gm.named_modules() if path and _is_a(module, _SHARDING))
     return [path for path in sharded if not is_called(path)]
 
 
@@ -72,13 +80,14 @@ def _sharded(model: nn.Module) -> str | None:
 
 def _sharded_parts(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
-        # A root keeps whole parameters from its forward to its backward, so these alone tell too little.
-        if _is_one_of(module, _SHARDING):
+        # Its own parameters tell too little: a root keeps whole ones from its forward to its backward.
+        if _MANAGED in vars(module) or _is_a(module, _SHARDING) or _is_a(module, _SHARDING_WRAPPER):
             yield path or "the model"
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_spread(tensor):
                 yield f"{path}.{name}".lstrip(".")
 
 
-def _is_one_of(value: object, names: tuple[str, ...]) -> bool:
-    return any(base.__name__ in names and base.__module__.startswith("torch.") for base in type(value).__mro__)
+def _is_a(value: object, name: str) -> bool:
+    """Whether ``value`` is an instance of torch's class of this name."""
+    return any(base.__name__ == name and base.__module__.startswith("torch.") for base in type(value).__mro__)

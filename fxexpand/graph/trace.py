@@ -26,7 +26,6 @@ _WRAPPERS = {
     "OptimizedModule": "a compiled model. Pass the one that was compiled (model._orig_mod), and compile afterwards",
     "ScriptModule": "a scripted model, which has no Python code to trace. Pass the model that was scripted",
     "DistributedDataParallel": "a model wrapped for distributed training. Pass model.module, and wrap afterwards",
-    "FullyShardedDataParallel": "a model wrapped for distributed training. Pass model.module, and wrap afterwards",
     "DataParallel": "a model wrapped for data-parallel training. Pass model.module, and wrap afterwards",
 }
 

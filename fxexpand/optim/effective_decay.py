@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ def effective_decay(model: nn.Module) -> Tensor:
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise ExpansionError(f"effective_decay: expected a torch.nn.Module, found {found}. Pass the model itself.")
-    terms = [_half_squares(_weight(model, path, expanded)) for path, expanded in _trained(model)]
+    terms = [_half_squares(_weight(path, expanded, model)) for path, expanded in _trained(model)]
     if not terms:
         return _zero(model)
     total, *others = terms
@@ -65,20 +67,25 @@ def effective_decay(model: nn.Module) -> Tensor:
 
 
 def _trained(model: nn.Module) -> list[tuple[str, Expanded]]:
-    found = expansions_of(model, "effective_decay")
-    return [(path, expanded) for path, expanded in found if _trains_a_weight(expanded)]
+    found: list[tuple[str, Expanded]] = []
+    for path, expanded in expansions_of(model, "effective_decay"):
+        parameters = dict(expanded.named_parameters())
+        if not parameters or any(map(is_spread, parameters.values())):
+            what = "sharded ones" if parameters else "none: another module has taken them"
+            raise ExpansionError(f"{_place(path, expanded)}: expected whole parameters, found {what}. {_GATHERED}")
+        if _has_a_trained_weight(parameters):
+            found.append((path, expanded))
+    return found
 
 
-def _trains_a_weight(expanded: Expanded) -> bool:
+def _has_a_trained_weight(parameters: Mapping[str, Tensor]) -> bool:
     """Whether a weight is not frozen; what ``torch.func`` puts in a parameter's place is no parameter, and never is."""
-    weights = [tensor for name, tensor in expanded.named_parameters() if not name.endswith("bias")]
+    weights = [tensor for name, tensor in parameters.items() if not name.endswith("bias")]
     return any(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in weights)
 
 
-def _weight(model: nn.Module, path: str, expanded: Expanded) -> Tensor:
+def _weight(path: str, expanded: Expanded, model: nn.Module) -> Tensor:
     """(n, m / groups, *k)."""
-    if any(map(is_spread, expanded.parameters())):
-        raise ExpansionError(f"{_place(path, expanded)}: expected whole parameters, found sharded ones. {_GATHERED}")
     if isinstance(expanded, Collapsed):
         found = expanded.weight_of_step()
     else:

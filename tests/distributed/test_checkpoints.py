@@ -21,11 +21,11 @@ from data_parallel import (
     kill_this_process,
     net,
     newest,
-    resume,
-    save,
+    read,
     sharded,
     train,
     whole,
+    write,
 )
 from two_processes import run_pair
 
@@ -61,7 +61,7 @@ def never_stop(rank: int, folder: Path) -> None:
     gathered = whole(model)
     again = fxexpand.expand(net(), fxexpand.manifest(model), init="standard")
     again.load_state_dict(gathered)
-    small, alone = fxexpand.contract(again), fxexpand.contract(in_one_process("collapsed", "AdamW"))
+    small, alone = fxexpand.contract(again), fxexpand.contract(in_one_process("AdamW"))
     assert distance(small, alone) < 1e-11
     net().load_state_dict(small.state_dict(), strict=True)
     if rank == 0:
@@ -71,7 +71,7 @@ def never_stop(rank: int, folder: Path) -> None:
 def die_between_forward_and_backward(rank: int, folder: Path) -> None:
     model, optimizer = prepared()
     train(model, optimizer, range(HALF), rank=rank)
-    save(model, optimizer, folder, HALF)
+    write(model, optimizer, folder, HALF)
     train(model, optimizer, range(HALF, HALF + 1), rank=rank)
     loss = model(batch(HALF + 1, rank)[0]).sum()
     if rank == 1:
@@ -81,17 +81,17 @@ def die_between_forward_and_backward(rank: int, folder: Path) -> None:
 
 def die_while_writing(rank: int, folder: Path) -> None:
     model, optimizer = prepared()
-    resume(model, optimizer, folder)
+    read(model, optimizer, folder)
     train(model, optimizer, range(HALF, STEPS), rank=rank)
     writer = {"storage_writer": DyingWriter(folder / "unfinished")} if rank == 1 else {}
-    save(model, optimizer, folder, STEPS, **writer)
+    write(model, optimizer, folder, STEPS, **writer)
 
 
 def finish(rank: int, folder: Path) -> None:
     model, optimizer = prepared()
-    resume(model, optimizer, folder)
+    read(model, optimizer, folder)
     train(model, optimizer, range(HALF, STEPS), rank=rank)
-    save(model, optimizer, folder, STEPS)
+    write(model, optimizer, folder, STEPS)
     gathered = whole(model)
     if rank == 0:
         torch.save(gathered, folder / "resumed.pt")

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import fxexpand
-from data_parallel import OPTIMIZERS, batch, built, distance, in_one_process, sharded, train
+from data_parallel import OPTIMIZERS, batch, built, distance, in_one_process, net, sharded, train
 from fxexpand import CL, ExpansionError, FxExpandError, VerificationError
 from fxexpand.errors import ContractionError
 from fxexpand.regions.live_region import LiveRegion
@@ -45,7 +46,7 @@ def test_wrapped(tmp_path: Path) -> None:
 
 
 def check_wrapped(rank: int) -> None:
-    cases: list[tuple[str, str, float, dict[str, bool]]] = [
+    cases: list[tuple[str, str, float, dict[str, Any]]] = [
         ("expanded", "SGD", 0, {}),
         ("expanded", "AdamW", 0.1, {"static_graph": True}),
         ("collapsed", "SGD", 0, {"static_graph": True}),
@@ -55,7 +56,7 @@ def check_wrapped(rank: int) -> None:
     for form, optimizer, decay, options in cases:
         model = DistributedDataParallel(built(form), find_unused_parameters=False, **options)
         train(model, OPTIMIZERS[optimizer](model.parameters()), rank=rank, decay=decay)
-        assert distance(model, in_one_process(form, optimizer, decay=decay)) < LIMIT
+        assert distance(model, in_one_process(optimizer, decay)) < LIMIT
 
 
 def test_sharded(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def check_sharded(rank: int) -> None:
         model = sharded(built(form), by)
         with calls() as called:
             train(model, OPTIMIZERS[optimizer](model.parameters()), rank=rank, decay=decay)
-        assert distance(model, in_one_process(form, optimizer, decay=decay)) < LIMIT
+        assert distance(model, in_one_process(optimizer, decay)) < LIMIT
         # Layers that are sharded apart are gathered when they are called: then the expansion runs in turn.
         layer = model.get_submodule("first.kernel")
         assert (layer in called) == (form == "expanded" or by == "layers")
@@ -98,13 +99,25 @@ def check_other_orders(rank: int) -> None:
         model(images).sum().backward()
         assert fxexpand.manifest(model) == fxexpand.manifest(built(form))
         assert fxexpand.summary(model).parameters == fxexpand.summary(built(form)).parameters
-    part = nn.Sequential(built("expanded"))
-    sharded(part.get_submodule("0"), "root")
+        assert grouped(model) == grouped(built(form))
+    holder = nn.Sequential(sharded(built("expanded"), "root"))
     with pytest.raises(ExpansionError, match=r"collapse: .*whole in each process, found 0 sharded over several"):
-        fxexpand.collapse(part)
+        fxexpand.collapse(holder)
+    part = sharded(built("expanded"), "root")
+    part(images)
+    with pytest.raises(ContractionError, match=r"contract: .*found the model sharded over several"):
+        fxexpand.contract(part.get_submodule("first"))  # its parameters are whole at the moment
     refuse_wrapped()
+    refuse_flattened(images)
     refuse_what_is_never_gathered(images)
     refuse_decay_of_parts(images)
+
+
+def grouped(model: nn.Module) -> dict[str, list[str]]:
+    """The names of the parameters by group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = fxexpand.parameter_groups(model, 0.1, "effective")
+    return {group["name"]: [names[id(parameter)] for parameter in group["params"]] for group in groups}
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -143,6 +156,24 @@ def refuse_wrapped() -> None:
             run(wrapped)
         with pytest.raises(error, match=r"0: .* one wrapped for distributed training\. Put its \.module there"):
             run(nn.Sequential(wrapped))
+
+
+def refuse_flattened(images: torch.Tensor) -> None:
+    """The older way to shard trains right, but its parameters have lost their shapes."""
+    cpu = torch.device("cpu")
+    for form in ("expanded", "collapsed"):
+        model: Any = FullyShardedDataParallel(built(form), device_id=cpu, use_orig_params=True)
+        torch.testing.assert_close(model(images), built(form)(images), rtol=0, atol=1e-13)
+        with pytest.raises(ExpansionError, match=r"first \(Conv2d\): expected whole parameters, found sharded ones"):
+            fxexpand.effective_decay(model)
+        with pytest.raises(FxExpandError, match=r"expand\.weight: .* flattened\. Make the groups before"):
+            fxexpand.parameter_groups(model, 0.1)
+        for held in (model, model.module, nn.Sequential(model)):
+            with pytest.raises(ContractionError, match=r"sharded over several\. Gather it first"):
+                fxexpand.contract(held)
+    plain = fxexpand.collapse(fxexpand.expand(net(), CL(2)))
+    with pytest.raises(ExpansionError, match=r"first \(Conv2d\): expected whole parameters, found none"):
+        fxexpand.effective_decay(FullyShardedDataParallel(plain, device_id=cpu))
 
 
 def refuse_what_is_never_gathered(images: torch.Tensor) -> None:
