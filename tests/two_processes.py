@@ -52,6 +52,8 @@ def run_pair(task: Callable[..., None], *given: Any, folder: Path, killed: int |
             wait([process.sentinel for process in started if process.is_alive()], left)
             if any(process.exitcode for process in started):
                 break
+        if killed is not None:
+            started[killed].join(_TIMEOUT)  # the other one may have missed it before its end was reported
     finally:
         codes = [process.exitcode for process in started]
         for process in started:

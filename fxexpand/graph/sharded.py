@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, fx, nn
 
 from fxexpand.errors import FxExpandError
@@ -36,7 +34,7 @@ def check_whole(model: nn.Module, task: str, error: type[FxExpandError], *, rewr
                 f"{task}: {path}: expected a plain torch.nn.Module, found one wrapped for distributed training. Put "
                 "its .module there, and wrap afterwards."
             )
-    found = _sharded(model)
+    found = sharded_part(model)
     if found is not None:
         raise error(
             f"{task}: expected a model whose parameters are whole in each process, found {found} sharded over several. "
@@ -44,9 +42,16 @@ def check_whole(model: nn.Module, task: str, error: type[FxExpandError], *, rewr
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` or the like was called on ``model`` or a part of it, gathered at the moment or not."""
-    return _sharded(model) is not None
+def sharded_part(model: nn.Module) -> str | None:
+    """The first part of ``model`` that processes have shares of, gathered at the moment or not; None without any."""
+    for path, module in model.named_modules():
+        # Its parameters tell too little: a root keeps whole ones from its forward to its backward.
+        if _MANAGED in vars(module) or _is_a(module, _SHARDING) or _is_a(module, _SHARDING_WRAPPER):
+            return path or "the model"
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_spread(tensor):
+                return f"{path}.{name}".lstrip(".")
+    return None
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -72,20 +77,6 @@ def never_gathered(gm: fx.GraphModule) -> list[str]:
 
     sharded = (path for path, module in gm.named_modules() if path and _is_a(module, _SHARDING))
     return [path for path in sharded if not is_called(path)]
-
-
-def _sharded(model: nn.Module) -> str | None:
-    return next(_sharded_parts(model), None)
-
-
-def _sharded_parts(model: nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules():
-        # Its own parameters tell too little: a root keeps whole ones from its forward to its backward.
-        if _MANAGED in vars(module) or _is_a(module, _SHARDING) or _is_a(module, _SHARDING_WRAPPER):
-            yield path or "the model"
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and is_spread(tensor):
-                yield f"{path}.{name}".lstrip(".")
 
 
 def _is_a(value: object, name: str) -> bool:

@@ -12,7 +12,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
-from fxexpand.graph.sharded import is_sharded, is_spread
+from fxexpand.graph.sharded import is_spread, sharded_part
 from fxexpand.optim.expansions import expansions_of
 
 
@@ -93,7 +93,7 @@ def _weight(path: str, expanded: Expanded, model: nn.Module) -> Tensor:
             whole = expanded.as_kernel(running=True)
         found = whole if isinstance(whole, Refusal) else whole.weight
     if isinstance(found, Refusal):
-        remedy = _GATHERED if is_sharded(model) else f"Undo that, or {_FACTORS}"
+        remedy = _GATHERED if sharded_part(model) else f"Undo that, or {_FACTORS}"
         raise ExpansionError(
             f"{_place(path, expanded)}: expected layers that form one, whose weight decays, found: {found}. {remedy}"
         )
