@@ -40,6 +40,7 @@ def contract(model: nn.Module) -> nn.Module:
 
     Raises ``ContractionError`` when nothing in the model was expanded, or when the layers of an expansion no longer
     make up one layer: an activation between them, a value read or returned from between them, changed hyperparameters.
+    Also for a model that is sharded over several processes: gather it first.
     """
     check_model(model, "contract", ContractionError)
     if stray := strays(model):

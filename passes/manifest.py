@@ -29,11 +29,12 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     short, for ``parse_rules``: a text for each level of expansions inside others, to be given to ``expand`` one after
     another where no strategy makes several levels by itself. ``"fxexpand"`` is the version of the library,
     ``"format"`` that of this form. ``"classes"`` are the full names of strategies of yours; ``expand`` imports nothing,
-    so the modules that define them must be imported. Weights, dtypes, devices and flags are not in it.
+    so the modules that define them must be imported. Weights, dtypes, devices and flags are not in it. A model sharded
+    by ``fully_shard`` has the manifest that it had before.
 
     Raises ``ExpansionError`` when nothing in the model was expanded, or by a strategy that cannot be written as text.
     """
-    check_model(model, "manifest")
+    check_model(model, "manifest", sharded=True)
     if stray := strays(model):
         raise ExpansionError(
             f"{stray[0]}: a layer of an expansion, found outside of one: another pass has kept only what its graph "

@@ -18,10 +18,11 @@ from fxexpand.testing import PropertyError
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ALONE = [block for block in BLOCKS if "fully_shard(" not in block]  # tests/distributed runs that in two processes
 SHOWN = re.findall(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0])
+@pytest.mark.parametrize("block", ALONE, ids=lambda block: block.strip().splitlines()[0])
 def test_its_code_runs(
     block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from fxexpand.errors import ExpansionError, FxExpandError
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks, is_layer, is_opaque
 from fxexpand.graph.outside import reaches_outside
+from fxexpand.graph.sharded import check_whole
 from fxexpand.graph.state import changed_modules, hide, volatile_attributes
 from fxexpand.graph.traced import TracedModule, copy_model
 from fxexpand.graph.tracer import LayerTracer
@@ -45,20 +46,28 @@ def trace(model: nn.Module, *, leaves: Iterable[type[nn.Module]] = ()) -> nn.Mod
 
     While it traces, FX and this function replace methods of ``nn.Module`` for all threads: run no model in another one.
 
-    Raises ``ExpansionError`` for what is no module, or is compiled, scripted or wrapped for data-parallel training.
+    Raises ``ExpansionError`` for what is no module, or is compiled, scripted, or wrapped or sharded for data-parallel
+    training.
     """
     check_model(model, "trace")
     return open_up(copy_model(model, share=True), Limits(tuple(leaves)))
 
 
-def check_model(model: object, task: str, error: type[FxExpandError] = ExpansionError) -> None:
-    """Raise ``error`` unless ``model`` is a module that graph passes can work on."""
+def check_model(
+    model: object, task: str, error: type[FxExpandError] = ExpansionError, *, sharded: bool = False
+) -> None:
+    """Raise ``error`` unless ``model`` is a module that graph passes can work on.
+
+    ``sharded``: its parameters may be spread over several processes, for those that only look at modules.
+    """
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise error(f"{task}: expected a torch.nn.Module, found {found}. Pass the model itself.")
     for base in type(model).__mro__:
         if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
             raise error(f"{task}: expected a plain torch.nn.Module, found {_WRAPPERS[base.__name__]}.")
+    if not sharded:
+        check_whole(model, task, error)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from fxexpand.errors import ExpansionError
 from fxexpand.graph.copying import ATOMS, deep_copy
 from fxexpand.graph.plain import surely_has_code
+from fxexpand.graph.sharded import never_gathered
 from fxexpand.graph.tracer import ReplayTracer
 
 
@@ -75,6 +77,15 @@ class TracedModule(fx.GraphModule):
         """A module of the model's own class: ``Sequential`` makes its slices by calling its class."""
         return cls.traced_class(*arguments, **named)
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Raises ``ExpansionError`` for parameters sharded by a module that the graph does not call."""
+        try:
+            return super().__call__(*arguments, **named)
+        except RuntimeError as error:
+            if "DTensor" in str(error) and (paths := never_gathered(self)):
+                raise ExpansionError(_NEVER_GATHERED.format(path=paths[0], model=self.traced_class.__name__)) from error
+            raise
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         twin = _blank(self.traced_class)
         memo[id(self)] = twin
@@ -102,6 +113,12 @@ class TracedModule(fx.GraphModule):
         vars(self).update(state)
         self.graph = graph  # compiles
 
+
+_NEVER_GATHERED = (
+    "{path}: sharded by itself, but the graph of this {model} calls the layers in it one by one, so that no call "
+    "gathers its parameters. Shard these layers as one group, fully_shard([layer, ...]), the expansions of a collapsed "
+    "model, or a module around them that is called."
+)
 
 # What module.compile() leaves behind: a call that is bound to the very module, and to none of its copies.
 _COMPILED = "_compiled_call_impl"

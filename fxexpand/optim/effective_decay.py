@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.sharded import is_spread, sharded_part
 from fxexpand.optim.expansions import expansions_of
 
 
@@ -44,13 +47,17 @@ def effective_decay(model: nn.Module) -> Tensor:
     identity branch out. Here W is the whole kernel, as it will be deployed. Batch norm in branches scales them by its
     running statistics, as ``contract`` will, also while it trains; as there, no gradient goes through the statistics.
 
+    In data-parallel training it is the same in each process, and so is its share of the averaged gradients. Under
+    ``fully_shard`` the model has to be collapsed, and its parameters whole from the forward to the backward: those of
+    the root are, an expansion that is sharded by itself needs ``reshard_after_forward=False``.
+
     Raises ``ExpansionError`` where an expansion is not one layer at the moment (hooks on its layers, other layers), or
-    its layers stand outside of one, and for what is no module.
+    its layers stand outside of one, where its parameters are spread over several processes, and for what is no module.
     """
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise ExpansionError(f"effective_decay: expected a torch.nn.Module, found {found}. Pass the model itself.")
-    terms = [_half_squares(_weight(path, expanded)) for path, expanded in _trained(model)]
+    terms = [_half_squares(_weight(path, expanded, model)) for path, expanded in _trained(model)]
     if not terms:
         return _zero(model)
     total, *others = terms
@@ -60,17 +67,24 @@ def effective_decay(model: nn.Module) -> Tensor:
 
 
 def _trained(model: nn.Module) -> list[tuple[str, Expanded]]:
-    found = expansions_of(model, "effective_decay")
-    return [(path, expanded) for path, expanded in found if _trains_a_weight(expanded)]
+    found: list[tuple[str, Expanded]] = []
+    for path, expanded in expansions_of(model, "effective_decay"):
+        parameters = dict(expanded.named_parameters())
+        if not parameters or any(map(is_spread, parameters.values())):
+            what = "sharded ones" if parameters else "none: another module has taken them"
+            raise ExpansionError(f"{_place(path, expanded)}: expected whole parameters, found {what}. {_GATHERED}")
+        if _has_a_trained_weight(parameters):
+            found.append((path, expanded))
+    return found
 
 
-def _trains_a_weight(expanded: Expanded) -> bool:
+def _has_a_trained_weight(parameters: Mapping[str, Tensor]) -> bool:
     """Whether a weight is not frozen; what ``torch.func`` puts in a parameter's place is no parameter, and never is."""
-    weights = [tensor for name, tensor in expanded.named_parameters() if not name.endswith("bias")]
+    weights = [tensor for name, tensor in parameters.items() if not name.endswith("bias")]
     return any(tensor.requires_grad or not isinstance(tensor, nn.Parameter) for tensor in weights)
 
 
-def _weight(path: str, expanded: Expanded) -> Tensor:
+def _weight(path: str, expanded: Expanded, model: nn.Module) -> Tensor:
     """(n, m / groups, *k)."""
     if isinstance(expanded, Collapsed):
         found = expanded.weight_of_step()
@@ -79,12 +93,22 @@ def _weight(path: str, expanded: Expanded) -> Tensor:
             whole = expanded.as_kernel(running=True)
         found = whole if isinstance(whole, Refusal) else whole.weight
     if isinstance(found, Refusal):
+        remedy = _GATHERED if sharded_part(model) else f"Undo that, or {_FACTORS}"
         raise ExpansionError(
-            f"effective_decay: {path or 'the model'} ({expanded.origin.description}): expected layers that form one, "
-            f"whose weight decays, found: {found}. Undo that, or let the factors decay: "
-            "parameter_groups(model, weight_decay, mode='factors')."
+            f"{_place(path, expanded)}: expected layers that form one, whose weight decays, found: {found}. {remedy}"
         )
     return found
+
+
+_FACTORS = "let the factors decay: parameter_groups(model, weight_decay, mode='factors')."
+_GATHERED = (
+    "Collapse the model before it is sharded, shard its expansions with reshard_after_forward=False, and call "
+    f"effective_decay between the forward and the backward; or {_FACTORS}"
+)
+
+
+def _place(path: str, expanded: Expanded) -> str:
+    return f"effective_decay: {path or 'the model'} ({expanded.origin.description})"
 
 
 def _half_squares(weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxexpand.errors import FxExpandError
 from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.sharded import is_flattened
 from fxexpand.optim.expansions import expansions_of
 from fxexpand.report.run import check_module
 
@@ -52,11 +53,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, mode: str = "factors
     parameter with several names is exempt if one of them says so, and a factor if one of them is in an expansion.
 
     Every trainable parameter is in exactly one group, in the order of ``named_parameters``, frozen ones are in none. A
-    group that would be empty is left out. Wrappers (``torch.compile``, distributed training) are looked through.
+    group that would be empty is left out. Wrappers (``torch.compile``, distributed training) are looked through, and
+    what ``fully_shard`` has sharded is grouped as what it is a part of.
 
     Raises ``FxExpandError`` for a decay that is no finite number of at least 0, another mode, what is no module, a lazy
-    model that has not run, and a model without trainable parameters; ``ExpansionError`` as ``effective_decay`` does,
-    for layers of an expansion that stand outside of one, unless mode is "factors".
+    model that has not run, parameters that ``FullyShardedDataParallel`` has flattened, and a model without trainable
+    parameters; ``ExpansionError`` as ``effective_decay`` does, for layers of an expansion that stand outside of one,
+    unless mode is "factors".
     """
     check_module(model, "parameter_groups", FxExpandError)
     _check_arguments(weight_decay, mode)
@@ -65,6 +68,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, mode: str = "factors
     first: dict[int, str] = {}
     trainable = dict(_trainable(model))
     for name, parameter in trainable.items():
+        if is_flattened(parameter):
+            raise FxExpandError(
+                f"parameter_groups: {name}: expected a parameter with the axes of its layer, found one that "
+                "FullyShardedDataParallel has flattened. Make the groups before the model is wrapped, with "
+                "use_orig_params=True, or shard it by fully_shard."
+            )
         kind = _kind(model, name, parameter, held)
         known = first.setdefault(id(parameter), name)
         kinds[known] = min(kind, kinds.get(known, kind), key=_STRONGEST.index)

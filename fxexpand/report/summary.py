@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.errors import FxExpandError
+from fxexpand.graph.sharded import check_whole
 from fxexpand.report.run import check_module, copied, undisturbed
 
 aten = torch.ops.aten
@@ -71,10 +72,12 @@ def summary(model: nn.Module, *example_inputs: object) -> Summary:
         *example_inputs: what it is called with; they are copied. Without them MACs are None.
 
     Raises:
-        FxExpandError: `model` is no module, or has lazy parameters without a shape. What the model itself raises passes
-            unchanged.
+        FxExpandError: `model` is no module, has lazy parameters without a shape, or is to be run though it is sharded
+            by `fully_shard`. What the model itself raises passes unchanged.
     """
     check_module(model, "summary", FxExpandError)
+    if example_inputs:
+        check_whole(model, "summary", FxExpandError, rewritten=False)
     macs = _macs(model, example_inputs) if example_inputs else None
     rows = tuple(_rows(model, macs))
     return Summary(rows, sum(row.parameters for row in rows), None if macs is None else sum(macs.values()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxexpand.errors import VerificationError
+from fxexpand.graph.sharded import check_whole
 from fxexpand.report.run import check_module, copied, undisturbed
 
 # What rounding alone may do to a network of a hundred layers: thousands of units in the last place (2.2e-16, 1.2e-7),
@@ -46,7 +47,8 @@ def verify(before: nn.Module, after: nn.Module, *example_inputs: object, rtol: f
     Raises:
         VerificationError: the error is above `rtol`, or shape, kind of dtype or structure differ. The message names the
             first layer, in the order in which `before` runs them, that differs where both models have one of that path.
-            Also for arguments that cannot be compared. What a model itself raises passes unchanged.
+            Also for arguments that cannot be compared, and for models sharded by `fully_shard`, of which running one
+            changes the state. What a model itself raises passes unchanged.
     """
     _check(before, "verify: before", example_inputs)
     _check(after, "verify: after", example_inputs)
@@ -69,6 +71,8 @@ def verify(before: nn.Module, after: nn.Module, *example_inputs: object, rtol: f
 
 def _check(model: object, where: str, inputs: tuple[object, ...]) -> None:
     check_module(model, where, VerificationError)
+    if isinstance(model, nn.Module):
+        check_whole(model, where, VerificationError, rewritten=False)
     if inputs or not isinstance(model, nn.Module):
         return
     try:
