@@ -49,8 +49,10 @@ def _plain(value: Any) -> Any:
     """``value`` in lists and texts, such that values that differ are written differently. Raises ``_NoKeyError``."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, (Integral, Real)):  # numbers of other libraries, too
-        return int(value) if isinstance(value, Integral) else ["float", float(value).hex()]
+    if isinstance(value, Integral):  # numbers of other libraries, too
+        return int(value)
+    if isinstance(value, Real) and float(value) == value:
+        return ["float", float(value).hex()]
     if isinstance(value, Tensor):
         return _tensor(value)
     if isinstance(value, (torch.dtype, torch.device)):
@@ -86,7 +88,8 @@ def _is_ours(value: object) -> bool:
 
 def _tensor(value: Tensor) -> list[Any]:
     """The form and the values of a tensor."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+    if not plain or value.is_meta or value.is_quantized:
         raise _NoKeyError
     held = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     digest = hashlib.sha256(ctypes.string_at(held.data_ptr(), held.nbytes)).hexdigest() if held.nbytes else ""

@@ -78,7 +78,8 @@ class ExpandPass(LibraryPass):
 
     So a second run expands nothing again, also by rules the ``where`` of which holds inside expansions: strategies that
     are to follow one another are ``CL(4).then(ACNet())``. A rule by whose strategy something is expanded already is not
-    in vain. With a ``manifest``, a model that is expanded as it says is left alone.
+    in vain. With a ``manifest``, a model that is expanded as it says is left alone. (A manager with ``steps`` that also
+    contracts undoes and does the same each time: contract in another one.)
 
     Raises ``RuleError`` for malformed rules, and otherwise, when it runs, what ``expand`` raises; also
     ``ExpansionError`` where another pass has taken an expansion apart.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -86,11 +87,12 @@ class Half(CL):
     """A strategy of the user's."""
 
 
-class Local(nn.Conv2d):
-    """A class of layers that another process may know by another meaning."""
+def local() -> type[nn.Module]:
+    """A class of layers that no import finds."""
 
+    class Local(nn.Conv2d): ...
 
-Local.__module__ = "__main__"
+    return Local
 
 
 def wide(site: Any) -> bool:
@@ -103,7 +105,7 @@ def wide(site: Any) -> bool:
         ExpandPass(Rule(CL(2), where=lambda site: site.groups == 1)),
         ExpandPass(Rule(CL(2), where=wide)),
         ExpandPass(Rule(CL(2), where=layer() & wide)),
-        ExpandPass(Rule(CL(2), where=layer(kind=Local))),
+        ExpandPass(Rule(CL(2), where=layer(kind=local()))),
         ExpandPass(Half(2)),
         ExpandPass(CL(2).then(Half(2))),
         ExpandPass(CL(2), init=lambda site, layers: None),
@@ -112,8 +114,17 @@ def wide(site: Any) -> bool:
         FusePass(object()),
         FusePass(X.to_sparse()),
         FusePass(X.to("meta")),
+        ExpandPass(CL(Fraction(1, 3))),  # type: ignore[arg-type]  # no float is that
         Mine(),
     ],
 )
 def test_what_depends_on_code_of_the_user_has_no_key(made: Any) -> None:
     assert made.uuid() is None
+
+
+def test_a_class_of_the_program_itself_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another program the same name may be that of another class."""
+    kind = local()
+    kind.__module__, kind.__qualname__ = "__main__", "Local"
+    monkeypatch.setattr(sys.modules["__main__"], "Local", kind, raising=False)
+    assert ExpandPass(Rule(CL(2), where=layer(kind=kind))).uuid() is None

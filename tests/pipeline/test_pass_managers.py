@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager, pass_result_wrapper, this_before_that_pass_constraint
@@ -33,6 +34,7 @@ from fxexpand import (
 )
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.strategies import Strategy
+from fxexpand.testing import Case, networks
 from fxexpand.testing.untouched import Untouched
 
 X = torch.randn(2, 4, 9, 9, dtype=torch.float64)
@@ -97,6 +99,16 @@ def test_a_second_run_finds_nothing_to_do(passes: list[Any], *, training: bool) 
     again = PassManager(passes, steps=5)(found.graph_module)
     assert not again.modified
     assert again.graph_module is found.graph_module
+
+
+@given(networks())
+@settings(max_examples=15)
+def test_fuse_has_modified_what_explain_says_it_merges(case: Case) -> None:
+    model = fxexpand.trace(case.module.eval())
+    found = PassManager([FusePass()])(model)
+    assert found.modified == bool(fxexpand.explain(model).merged)
+    assert (found.graph_module is not model) == found.modified
+    assert not PassManager([FusePass()])(found.graph_module).modified
 
 
 def test_training_and_back_is_one_pipeline() -> None:
