@@ -14,6 +14,7 @@ from fxexpand.passes.explain import explain
 from fxexpand.passes.fuse import fuse
 from fxexpand.passes.manifest import manifest
 from fxexpand.passes.transfer import transfer
+from fxexpand.pipeline.pass_managers import CollapsePass, ContractPass, ExpandPass, FusePass
 from fxexpand.report.summary import summary
 from fxexpand.report.verify import verify
 from fxexpand.rules import Rule
@@ -24,9 +25,13 @@ __all__ = [
     "CL",
     "FC",
     "ACNet",
+    "CollapsePass",
+    "ContractPass",
     "ContractionError",
     "DiverseBranch",
+    "ExpandPass",
     "ExpansionError",
+    "FusePass",
     "FxExpandError",
     "LowRank",
     "MobileOne",

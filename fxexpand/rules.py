@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from fxexpand.errors import RuleError
@@ -66,8 +66,10 @@ def _meant(rule: object) -> str:
     return f" Use {rule.__name__}(rate=4)." if isinstance(rule, type) and issubclass(rule, Strategy) else ""
 
 
-def match(sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule]]:
+def match(sites: Sequence[Site], rules: Sequence[Rule], done: Collection[object] = ()) -> list[tuple[Site, Rule]]:
     """Each site that a rule matches, with the first such rule.
+
+    ``done`` are strategies by which something is expanded already: a rule for one of them may match none.
 
     Raises ``RuleError`` when no rule matches any site, or when a ``where`` is in vain: no rule that has it matches any.
     """
@@ -75,13 +77,13 @@ def match(sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule
     matched = [[site for site in sites if rule.matches(site)] for rule in rules]
     for rule in rules:
         alike = [own for other, own in zip(rules, matched, strict=True) if _same(other.where, rule.where)]
-        if rule.where is not None and not any(alike):
+        if rule.where is not None and not any(alike) and rule.strategy.stages[0] not in done:
             raise RuleError(f"{rule} matches no layer. {_nearest(rule, sites)}")
     first: dict[int, tuple[Site, Rule]] = {}
     for rule, own in zip(rules, matched, strict=True):
         for site in own:
             first.setdefault(id(site), (site, rule))
-    if not first:
+    if not first and not any(rule.strategy.stages[0] in done for rule in rules):
         raise RuleError(f"no rule matches any layer: {'; '.join(map(str, rules))}. {_overview(sites)}")
     return [first[id(site)] for site in sites if id(site) in first]
 

@@ -64,18 +64,30 @@ def expand(
     levels = read_manifest(rules) if isinstance(rules, Mapping) else None
     checked = as_rules(rules) if levels is None else []
     check_model(model, "expand")
-    if not (callable(init) or init in ("preserve", "standard")):
-        raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
-    work = open_up(_copied(model, share=inplace), Limits())
-    release_all(work)
+    check_init(init)
+    work = opened_copy(model, share=inplace)
     if levels is None:
-        result = _expanded(work, [(site, rule.strategy) for site, rule in match(find_sites(work), checked)], init)
+        result = expand_sites(work, [(site, rule.strategy) for site, rule in match(find_sites(work), checked)], init)
     else:
         result = _rebuilt(work, levels, init)
     return _become(model, result) if inplace and isinstance(model, fx.GraphModule) else result
 
 
-def _expanded(work: nn.Module, chosen: Sequence[tuple[Site, Strategy]], init: Init) -> nn.Module:
+def check_init(init: Init) -> None:
+    """Raise ``ExpansionError`` for what is no way to initialise the new layers."""
+    if not (callable(init) or init in ("preserve", "standard")):
+        raise ExpansionError(f"init: expected 'preserve', 'standard' or a function (site, layers), found {init!r}.")
+
+
+def opened_copy(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of ``model``, with ``share`` over the same tensors, with graphs and without collapsed regions."""
+    work = open_up(_copied(model, share=share), Limits())
+    release_all(work)
+    return work
+
+
+def expand_sites(work: nn.Module, chosen: Sequence[tuple[Site, Strategy]], init: Init) -> nn.Module:
+    """``work`` itself, or what stands in its place, with these layers of it expanded."""
     plans = [_plan(site, strategy, init) for site, strategy in chosen]
     inexact = "; ".join(plan.inexact for plan in plans if plan.inexact)
     if inexact:
@@ -87,7 +99,7 @@ def _rebuilt(work: nn.Module, levels: Sequence[Sequence[Entry]], init: Init) -> 
     """``work``, expanded as a manifest says. Expansions inside others are made once those are there."""
     check_plain(work)
     for entries in levels:
-        work = _expanded(work, fitting(work, entries), init)
+        work = expand_sites(work, fitting(work, entries), init)
     check_rebuilt(work, levels)
     return work
 

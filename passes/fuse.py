@@ -99,14 +99,19 @@ def prepared(model: nn.Module, task: str, when: str, lifts: Lifts | None, *, run
     Otherwise a graph that is going to be rewritten is compiled once, when it has been.
     """
     check_model(model, task, FxExpandError)
-    if when not in ("cheaper", "always"):
-        raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
+    check_when(when, task)
     check_lifts(lifts, task)
     # What the user says of modules is code, that may run some of the model.
     limits = Limits(tuple(lifts or ()), evaluated=True, compiled=runs or bool(lifts))
     work = open_up(copy_model(model, share=True), limits)
     release_all(work)
     return work
+
+
+def check_when(when: str, task: str) -> None:
+    """Raise ``FxExpandError`` for what does not say when to merge."""
+    if when not in ("cheaper", "always"):
+        raise FxExpandError(f"{task}: expected when='cheaper' or 'always', found {when!r}.")
 
 
 def plan_all(
