@@ -1,4 +1,4 @@
-"""The passes in the pass managers of others: those of ``torch.fx``, and Inductor's hook (in ``pipeline.inductor``)."""
+"""Where the passes meet the compilers of others: pass managers, Inductor's hook, and a backend of torch.compile."""
 
 from fxexpand.pipeline.pass_managers import CollapsePass, ContractPass, ExpandPass, FusePass
 

@@ -18,6 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 import fxexpand
 from fxexpand import CL, FC, CollapsePass, ContractPass, ExpandPass, FusePass, FxExpandError, Rule, layer
 from fxexpand.graph.collapsed import Collapsed
+from fxexpand.pipeline.collapse_graph import collapse_graph
 from fxexpand.pipeline.inductor import InductorPass
 
 X = torch.randn(2, 4, 8, 8)
@@ -195,3 +196,20 @@ def test_a_graph_of_aten_operators_is_refused() -> None:
     gm = torch.export.export(nn.Conv2d(4, 4, 3), (X,)).graph_module
     with pytest.raises(FxExpandError, match=r"ATen operators \(aten.conv2d.default\)"):
         InductorPass(CollapsePass())(gm.graph)
+
+
+@pytest.mark.usefixtures("inductor")
+def test_regions_of_captured_graphs_are_composed_in_the_hook() -> None:
+    hook = InductorPass(collapse_graph)
+    assert hook.uuid() == InductorPass(collapse_graph).uuid() is not None
+    seen: list[int] = []
+
+    def counted(graph: fx.Graph) -> None:
+        hook(graph)
+        seen.append(sum(node.target is torch.nn.functional.linear for node in graph.nodes))
+
+    model, x = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32)), torch.randn(512, 32)
+    with config.patch(pre_grad_custom_pass=counted):
+        fast = torch.compile(model)
+        assert torch.allclose(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert seen == [1]

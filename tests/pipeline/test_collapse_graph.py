@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fxexpand import CL, FC, expand
-from fxexpand.compile.collapse_graph import collapse_graph
+from fxexpand.pipeline.collapse_graph import collapse_graph
 
 LAYERS = (torch.conv2d, F.linear, F.batch_norm)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxexpand.compile.collapse_graph import collapse_graph
 from fxexpand.errors import FxExpandError
+from fxexpand.pipeline.collapse_graph import collapse_graph
 
 NAME = "fxexpand"
 

@@ -12,8 +12,8 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from fxexpand.algebra.composition import exact_products
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.compile.lifted import LiftedWeights, noted
 from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
+from fxexpand.pipeline.lifted import LiftedWeights, noted
 from fxexpand.regions.live_region import LiveRegion
 from fxexpand.regions.training import LivePlan, plan_regions
 

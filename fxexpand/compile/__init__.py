@@ -1,1 +1,0 @@
-"""Where graphs that a compiler has captured meet the regions: the backend of torch.compile."""
