@@ -28,6 +28,9 @@ _POOL_NAMES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_
 _NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
+BY_BATCH = "training=True: it normalises each batch by its own statistics"
+
+
 def _convolution(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
     given = arguments.by_name(node, _CONV_NAMES)
     if given is None:
@@ -96,7 +99,7 @@ def _batch_norm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
         return None
     mean, var = given.get("running_mean"), given.get("running_var")
     if given.get("training", False):
-        return Refusal("training=True: it normalises each batch by its own statistics")
+        return Refusal(BY_BATCH)
     if mean is None or var is None:
         return Refusal("it has no running statistics: it normalises each batch by its own")
     weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
