@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the tensors in ``values``, those that share memory sharing memory again; what is no tensor, as it is."""
+    """Copies of the tensors in ``values``, those that share memory sharing it again; all else as it is."""
     copies = _Copies()
     return {name: copies.of(value) if isinstance(value, Tensor) else value for name, value in values.items()}
 

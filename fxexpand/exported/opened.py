@@ -25,7 +25,8 @@ _GRADIENTS = (OutputKind.LOSS_OUTPUT, OutputKind.GRADIENT_TO_PARAMETER, OutputKi
 class Opened:
     """A program, and the graph that stands for it.
 
-    Every node of ``work`` is one of the program's: ``originals`` has them, ``names`` has them by its name. ``shapes`` are those of its values, with an example's length for an axis that differs from call to call.
+    Every node of ``work`` is one of the program's: ``originals`` has them, ``names`` has them by its name. ``shapes``
+    are those of its values, with an example's length for an axis that differs from call to call.
     """
 
     program: ExportedProgram
@@ -50,7 +51,7 @@ def open_program(program: ExportedProgram, task: str) -> Opened:
     fixed: set[fx.Node] = set()
     nodes = list(program.graph.nodes)
     for node in nodes:
-        if node.op == "placeholder" and node.name not in constants or node.op == "get_attr":
+        if (node.op == "placeholder" and node.name not in constants) or node.op == "get_attr":
             made[node] = graph.placeholder(node.name)
     for node in nodes:
         if node.op == "placeholder" and node.name in constants:
