@@ -85,6 +85,7 @@ def row(name: str, dialect: str, program: ExportedProgram, folder: Path, *, pack
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a row for each program as soon as it is known; 1 if any differs from the one that was exported."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--package", action="store_true", help="make a package of each fused program, and run it")

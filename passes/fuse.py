@@ -81,7 +81,7 @@ def fuse(
         return _fuse_program(model, example_inputs, when, lifts)
     work, layers, made = _contracted(prepared(model, "fuse", when, lifts, runs=bool(example_inputs)))
     shapes = shapes_of(work, example_inputs, "fuse")
-    new, held_up = _merge_all(work, shapes, when, lifts, made)
+    new, held_up = _merge_all(work, shapes, when, lifts, made, TRAINING)
     if held_up:
         warnings.warn(
             "fuse: batch norm in training mode holds up merges; call model.eval() first", UserWarning, stacklevel=2
@@ -101,7 +101,7 @@ def _fuse_program(
     if example_inputs:
         raise FxExpandError("fuse: expected no example inputs with an exported program, which knows its shapes.")
     opened = open_program(program, "fuse")
-    _, held_up = _merge_all(opened.work, opened.shapes, when, None, {})
+    _, held_up = _merge_all(opened.work, opened.shapes, when, None, {}, BY_BATCH)
     if held_up:
         warnings.warn(
             "fuse: batch norm in training mode holds up merges; call model.eval() before torch.export.export",
@@ -112,18 +112,19 @@ def _fuse_program(
 
 
 def _merge_all(
-    work: nn.Module, shapes: Shapes, when: str, lifts: Lifts | None, made: dict[int, Affine]
+    work: nn.Module, shapes: Shapes, when: str, lifts: Lifts | None, made: dict[int, Affine], training: str
 ) -> tuple[list[nn.Module], bool]:
     """Merge in the graphs of ``work`` until nothing is left: the new layers, and whether training mode holds any up.
 
-    ``made`` are the maps of the layers that were made before, by id.
+    ``made`` are the maps of the layers that were made before, by id. ``training`` is why batch norm is left alone that
+    would be merged if the user had called ``eval()``.
     """
     new: list[nn.Module] = []
     held_up = False
     again = True
     while again:
         plans = plan_all(work, shapes, when, lifts, made)
-        held_up = held_up or any(_held_up_by_training(reading, plan) for reading, plan in plans)
+        held_up = held_up or any(_held_up_by(training, reading, plan) for reading, plan in plans)
         found = install(work, [(reading, plan.merges) for reading, plan in plans])
         made |= {id(entry.layer): entry.exact for entry in found if entry.exact is not None}
         new += [entry.layer for entry in found]
@@ -197,10 +198,10 @@ def _leave_out_of_range(reading: Reading, plan: Plan) -> None:
             plan.refused[merge.stretch.last] = refusal.reason
 
 
-def _held_up_by_training(reading: Reading, plan: Plan) -> bool:
-    """Whether batch norm in training mode follows a layer that it would merge with."""
+def _held_up_by(training: str, reading: Reading, plan: Plan) -> bool:
+    """Whether batch norm that is left alone for the reason ``training`` follows a layer that it would merge with."""
     for node, reason in plan.refused.items():
-        if reason in (TRAINING, BY_BATCH):
+        if reason == training:
             source = node.all_input_nodes[0]
             part = reading.part(source)
             if isinstance(part, Unary) and part.computes and len(source.users) == 1:

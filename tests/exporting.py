@@ -120,7 +120,8 @@ class _Checker(fx.Interpreter):
 
 
 def _hint(length: Any) -> int:
-    return int(length.node.hint) if isinstance(length, torch.SymInt) else int(length)
+    node: Any = length.node if isinstance(length, torch.SymInt) else None
+    return int(length if node is None else node.hint)
 
 
 def _records_are_true(program: ExportedProgram) -> None:

@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -45,12 +46,40 @@ def read_constant(node: fx.Node) -> Call | None:
     return read_call(node)
 
 
+def is_read_as_item(node: fx.Node) -> bool:
+    """Whether the passes read ``node`` with the item that is taken of it, and never by itself.
+
+    Batch norm in eval mode gives a tuple, in which nothing but the signal is of use.
+    """
+    if node.target is not aten._native_batch_norm_legit_no_training.default or len(node.users) != 1:
+        return False
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
 def hides_changes(node: fx.Node) -> bool:
-    """Whether the call may change what it gets although its schema does not say so: statistics, or unknown code."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not operator.getitem
-    name = node.target.__name__
-    return "batch_norm" in name or "instance_norm" in name
+    """Whether the call may change what it gets although no schema says so: statistics, or code that nobody knows."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.__name__
+        pure = "functional" in name or "no_training" in name
+        return not pure and ("batch_norm" in name or "instance_norm" in name)
+    if node.target is operator.getitem:
+        return False
+    graphs = [graph for source in node.all_input_nodes for graph in _graph_at(source)]
+    inner = [call for graph in graphs for call in graph.nodes if call.op == "call_function"]
+    return not graphs or any(_changes_something(call) or hides_changes(call) for call in inner)
+
+
+def _changes_something(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _graph_at(node: fx.Node) -> list[fx.Graph]:
+    """The graph that ``node`` reads, for control flow to run."""
+    owner = node.graph.owning_module
+    if node.op != "get_attr" or owner is None:
+        return []
+    found = attrgetter(str(node.target))(owner)
+    return [found.graph] if isinstance(found, fx.GraphModule) else []
 
 
 def value_of(node: object) -> Any:
@@ -87,6 +116,7 @@ def _same(function: Any, first: str = "input", **names: str) -> _Rule:
 
 def _convolution(node: fx.Node, given: Given) -> Call | None:
     d = value_of(given["weight"]).dim() - 2
+    function: Any
     plain = ("weight", "bias", "stride", "padding", "dilation", "groups")
     if not 1 <= d <= 3:
         return None
@@ -112,10 +142,9 @@ def _batch_norm(node: fx.Node, given: Given) -> Call:
     return Call("call_function", F.batch_norm, (given["input"],), settings)
 
 
-def _batch_norm_in_eval_mode(node: fx.Node, given: Given) -> Call | None:
-    """It gives a tuple; in eval mode, what stands beside the signal is empty."""
-    read_otherwise = any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users)
-    return None if read_otherwise else _batch_norm(node, {**given, "training": False})
+def _batch_norm_in_training_mode(node: fx.Node, given: Given) -> Call | None:
+    """It gives a tuple, and is refused."""
+    return _batch_norm(node, given) if given["training"] is True else None
 
 
 def _dropout(node: fx.Node, given: Given) -> Call:
@@ -168,9 +197,8 @@ def _parted(function: Any, number: str) -> _Rule:
 
 def _item(node: fx.Node, given: Given) -> Call:
     source, key = node.args
-    norm = isinstance(source, fx.Node) and source.target is aten._native_batch_norm_legit_no_training.default
-    if norm and key == 0 and read_call(source) is not None:  # type: ignore[arg-type]  # norm says that it is a node
-        return _identity(source)
+    if isinstance(source, fx.Node) and is_read_as_item(source):
+        return _batch_norm(source, {**arguments_of(source), "training": False})
     return Call("call_function", operator.getitem, (source, key))
 
 
@@ -215,7 +243,7 @@ _RULES: dict[Any, _Rule] = {
     aten.mm.default: _product(torch.mm, "self", "mat2"),
     aten.addmm.default: _product(torch.addmm, "self", "mat1", "mat2"),
     aten.batch_norm.default: _batch_norm,
-    aten._native_batch_norm_legit_no_training.default: _batch_norm_in_eval_mode,
+    aten._native_batch_norm_legit_functional.default: _batch_norm_in_training_mode,
     aten.instance_norm.default: _same(F.instance_norm),
     aten.avg_pool1d.default: _same(F.avg_pool1d, "self"),
     aten.avg_pool2d.default: _same(F.avg_pool2d, "self"),

@@ -18,6 +18,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from fxexpand.exported.aten import is_read_as_item
 from fxexpand.exported.copying import own_values
 from fxexpand.exported.layers import Emitter, mode_of
 from fxexpand.exported.merged import MergedLayer, merged_layers
@@ -32,8 +33,7 @@ def close_program(opened: Opened) -> ExportedProgram:
     those beside them that nothing ever used. Values have the shapes that they had: ranges and guards stay.
     """
     old = opened.program
-    kept = _kept(opened)
-    gone = {spec.target for spec in old.graph_signature.input_specs if spec.arg.name not in kept}
+    kept, gone = _kept_and_gone(opened)
     held = {name: value for name, value in (*old.state_dict.items(), *old.constants.items()) if name not in gone}
     layers = merged_layers(opened, {*held, *old.graph_module._modules})
     rebuilt = _Rebuilt(opened, kept, layers)
@@ -53,24 +53,25 @@ def close_program(opened: Opened) -> ExportedProgram:
         constants={name: own[name] for name in old.constants if name in own},
         verifiers=old.verifiers,
     )
-    program._guards_code = list(old._guards_code)  # the shapes of a program that was loaded know none any more
+    if hasattr(old, "_guards_code"):  # the shapes of a program that was loaded know its guards no more
+        program._guards_code = list(old._guards_code)
     return program
 
 
-def _kept(opened: Opened) -> set[str]:
-    """The names of the inputs of the old graph that stay."""
+def _kept_and_gone(opened: Opened) -> tuple[set[str], set[str]]:
+    """The names of the inputs of the old graph that stay, and those of the state that goes.
+
+    What nothing used before goes with what stood beside it: the count of batches of a batch norm, say.
+    """
     here = {opened.originals[node].name for node in opened.work.graph.nodes if node in opened.originals}
-    specs = opened.program.graph_signature.input_specs
-    gone = [spec.target for spec in specs if spec.arg.name not in here and spec.target is not None]
+    program = opened.program
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    used = {targets[node.name] for node in program.graph.nodes if node.users and node.name in targets}
+    gone = {target for name, target in targets.items() if name not in here}
     owners = {target.rpartition(".")[0] for target in gone if "." in target}
-    used = {node.name for node in opened.program.graph.nodes if node.users}
-    # The count of batches of a batch norm that went, say: nothing used it before.
-    beside = {
-        spec.arg.name
-        for spec in specs
-        if spec.target is not None and spec.arg.name not in used and spec.target.rpartition(".")[0] in owners
-    }
-    return here - beside
+    unused = {*program.state_dict, *program.constants} - used
+    gone |= {target for target in unused if target.rpartition(".")[0] in owners}
+    return {name for name in here if targets.get(name) not in gone}, gone
 
 
 class _Rebuilt:
@@ -89,7 +90,9 @@ class _Rebuilt:
         self._parameters: dict[MergedLayer, dict[str, fx.Node]] = {}
         for spec, found in self._inputs():
             if isinstance(found, MergedLayer):
-                self._parameters[found] = {name: self._parameter(*entry) for name, *entry in found.parameters()}
+                self._parameters[found] = {
+                    name: self._parameter(target, parameter) for name, target, parameter in found.parameters()
+                }
             elif found.name in kept:
                 self._copy(found)
                 self.specs.append(spec)
@@ -129,6 +132,9 @@ class _Rebuilt:
                 self.made[entry.last] = values[node]
             elif original is not None:
                 if original.op != "placeholder":
+                    for source in original.all_input_nodes:
+                        if is_read_as_item(source):
+                            self._copy(source)
                     self._copy(original)
                 if original in self.made:  # an input that nothing used may be gone
                     values[node] = self.made[original]

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from fxexpand.errors import FxExpandError
-from fxexpand.exported.aten import Call, hides_changes, read_call, read_constant, value_of
+from fxexpand.exported.aten import Call, hides_changes, is_read_as_item, read_call, read_constant, value_of
 from fxexpand.regions.constants import memory_of
 from fxexpand.regions.reading import NOMINAL
 from fxexpand.regions.shapes import Shapes
@@ -25,8 +25,9 @@ _GRADIENTS = (OutputKind.LOSS_OUTPUT, OutputKind.GRADIENT_TO_PARAMETER, OutputKi
 class Opened:
     """A program, and the graph that stands for it.
 
-    Every node of ``work`` is one of the program's: ``originals`` has them, ``names`` has them by its name. ``shapes``
-    are those of its values, with an example's length for an axis that differs from call to call.
+    Every node of ``work`` is one of the program's (of which a few are read with the one after them): ``originals`` has
+    them, and ``names`` has them by its name. ``shapes`` are those of its values, with an example's length for an axis
+    that differs from call to call.
     """
 
     program: ExportedProgram
@@ -57,7 +58,7 @@ def open_program(program: ExportedProgram, task: str) -> Opened:
         if node.op == "placeholder" and node.name in constants:
             made[node] = graph.create_node("get_attr", _attribute(node), name=node.name)
             fixed.add(node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not is_read_as_item(node):
             if node.all_input_nodes and fixed.issuperset(node.all_input_nodes):
                 call = read_constant(node)
                 fixed |= {node} if call is not None else set()
@@ -92,7 +93,7 @@ def _constants(program: ExportedProgram, task: str) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in held.items()
-        if type(value) in (Tensor, nn.Parameter, nn.Buffer) and memory.isdisjoint(memory_of(value))
+        if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and memory.isdisjoint(memory_of(value))
     }
 
 
@@ -132,5 +133,6 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
 def _length(length: Any) -> int:
     """A length, or that of the example where it differs from call to call; asking for it adds no guard."""
     if isinstance(length, torch.SymInt):
-        return int(length.node.hint) if length.node.has_hint() else NOMINAL
+        node: Any = length.node
+        return int(node.hint) if node.has_hint() else NOMINAL
     return int(length)

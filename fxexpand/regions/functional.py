@@ -94,6 +94,10 @@ def _addmm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
 
 
 def _batch_norm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
+    # Asked first: in training mode it changes the statistics, which are no constants then.
+    training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
+    if training is True and node.args and arguments.varies(node.args[0]):
+        return Refusal(BY_BATCH)
     given = arguments.by_name(node, _NORM_NAMES)
     if given is None:
         return None

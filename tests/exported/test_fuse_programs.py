@@ -68,7 +68,8 @@ class Dense(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.norm(self.second(self.first(x)))) @ self.matrix
+        y: Tensor = self.drop(self.norm(self.second(self.first(x)))) @ self.matrix
+        return y
 
 
 def chain(*layers: nn.Module) -> nn.Module:
