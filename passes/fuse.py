@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxexpand.algebra.affine import Affine, Border
 from fxexpand.errors import FxExpandError
+from fxexpand.exported.closed import close_program
+from fxexpand.exported.opened import open_program
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import pad_module
@@ -20,16 +24,32 @@ from fxexpand.graph.tree import replace_modules
 from fxexpand.graph.uses import running
 from fxexpand.passes.collapse import release_all
 from fxexpand.regions.build import Flags, layer_of
+from fxexpand.regions.functional import BY_BATCH
 from fxexpand.regions.install import install, range_refusal
 from fxexpand.regions.layers import TRAINING
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.plan import Plan, Planner
 from fxexpand.regions.reach import Reach
 from fxexpand.regions.reading import Lifts, Reading, check_lifts
-from fxexpand.regions.shapes import shapes_of
+from fxexpand.regions.shapes import Shapes, shapes_of
 
 
-def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None) -> nn.Module:
+@overload
+def fuse(
+    model: ExportedProgram, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None
+) -> ExportedProgram: ...
+
+
+@overload
+def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None) -> nn.Module: ...
+
+
+def fuse(
+    model: nn.Module | ExportedProgram,
+    *example_inputs: object,
+    when: str = "cheaper",
+    lifts: Lifts | None = None,
+) -> nn.Module | ExportedProgram:
     """A copy of ``model`` in which every linear region that can be one layer, and no dearer, is one plain layer.
 
     Before:  y = bn(conv(x)) + bn_1(conv_1(x))
@@ -50,27 +70,66 @@ def fuse(model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts
 
     ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does.
 
+    Of an exported program, the result is an exported program: merged layers are ATen calls with parameters of the
+    program, named after those of the layer that they replace, and parameters that nothing uses any more go. It knows
+    its shapes and has no modules, so it takes neither example inputs nor ``lifts``.
+
     Warns once when batch norm in training mode is all that holds up a merge. Raises ``FxExpandError`` for what is no
     module, a ``when`` it does not know, or inputs that the model does not run on.
     """
+    if isinstance(model, ExportedProgram):
+        return _fuse_program(model, example_inputs, when, lifts)
     work, layers, made = _contracted(prepared(model, "fuse", when, lifts, runs=bool(example_inputs)))
-    new = list(layers.values())
     shapes = shapes_of(work, example_inputs, "fuse")
-    held_up = False
-    again = True
-    while again:
-        plans = plan_all(work, shapes, when, lifts, made)
-        held_up = held_up or any(_held_up_by_training(reading, plan) for reading, plan in plans)
-        found = install(work, [(reading, plan.merges) for reading, plan in plans])
-        made |= {id(entry.layer): entry.exact for entry in found if entry.exact is not None}
-        new += [entry.layer for entry in found]
-        again = bool(found) and any(plan.again for _, plan in plans)
+    new, held_up = _merge_all(work, shapes, when, lifts, made, TRAINING)
     if held_up:
         warnings.warn(
             "fuse: batch norm in training mode holds up merges; call model.eval() first", UserWarning, stacklevel=2
         )
     TracedModule.compile_all(work)
-    return with_own_tensors(work, new)
+    return with_own_tensors(work, [*layers.values(), *new])
+
+
+def _fuse_program(
+    program: ExportedProgram, example_inputs: tuple[object, ...], when: str, lifts: Lifts | None
+) -> ExportedProgram:
+    check_when(when, "fuse")
+    if lifts:
+        raise FxExpandError(
+            "fuse: an exported program has no modules that lifts could tell of; fuse before the export."
+        )
+    if example_inputs:
+        raise FxExpandError("fuse: expected no example inputs with an exported program, which knows its shapes.")
+    opened = open_program(program, "fuse")
+    _, held_up = _merge_all(opened.work, opened.shapes, when, None, {}, BY_BATCH)
+    if held_up:
+        warnings.warn(
+            "fuse: batch norm in training mode holds up merges; call model.eval() before torch.export.export",
+            UserWarning,
+            stacklevel=3,
+        )
+    return close_program(opened)
+
+
+def _merge_all(
+    work: nn.Module, shapes: Shapes, when: str, lifts: Lifts | None, made: dict[int, Affine], training: str
+) -> tuple[list[nn.Module], bool]:
+    """Merge in the graphs of ``work`` until nothing is left: the new layers, and whether training mode holds any up.
+
+    ``made`` are the maps of the layers that were made before, by id. ``training`` is why batch norm is left alone that
+    would be merged if the user had called ``eval()``.
+    """
+    new: list[nn.Module] = []
+    held_up = False
+    again = True
+    while again:
+        plans = plan_all(work, shapes, when, lifts, made)
+        held_up = held_up or any(_held_up_by(training, reading, plan) for reading, plan in plans)
+        found = install(work, [(reading, plan.merges) for reading, plan in plans])
+        made |= {id(entry.layer): entry.exact for entry in found if entry.exact is not None}
+        new += [entry.layer for entry in found]
+        again = bool(found) and any(plan.again for _, plan in plans)
+    return new, held_up
 
 
 def _contracted(work: nn.Module) -> tuple[nn.Module, dict[int, nn.Module], dict[int, Affine]]:
@@ -140,10 +199,10 @@ def _leave_out_of_range(reading: Reading, plan: Plan) -> None:
             plan.refused[merge.stretch.last] = refusal.reason
 
 
-def _held_up_by_training(reading: Reading, plan: Plan) -> bool:
-    """Whether batch norm in training mode follows a layer that it would merge with."""
+def _held_up_by(training: str, reading: Reading, plan: Plan) -> bool:
+    """Whether batch norm that is left alone for the reason ``training`` follows a layer that it would merge with."""
     for node, reason in plan.refused.items():
-        if reason == TRAINING:
+        if reason == training:
             source = node.all_input_nodes[0]
             part = reading.part(source)
             if isinstance(part, Unary) and part.computes and len(source.users) == 1:

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from fxexpand.errors import ExpansionError, FxExpandError
 from fxexpand.graph.expanded import Expanded
@@ -60,6 +61,11 @@ def check_model(
 
     ``sharded``: its parameters may be spread over several processes, for those that only look at modules.
     """
+    if isinstance(model, ExportedProgram):
+        raise error(
+            f"{task}: expected a torch.nn.Module, found an exported program, which has no modules. "
+            f"Call {task} before torch.export.export; fuse alone takes exported programs."
+        )
     if not isinstance(model, nn.Module):
         found = type(model).__name__
         raise error(f"{task}: expected a torch.nn.Module, found {found}. Pass the model itself.")

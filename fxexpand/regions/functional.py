@@ -27,6 +27,8 @@ _TRANSPOSED_NAMES = ("input", "weight", "bias", "stride", "padding", "output_pad
 _POOL_NAMES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
+BY_BATCH = "training=True: it normalises each batch by its own statistics"
+
 
 def _convolution(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
     given = arguments.by_name(node, _CONV_NAMES)
@@ -91,12 +93,16 @@ def _addmm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
 
 
 def _batch_norm(arguments: Arguments, node: fx.Node, target: Any) -> Lifted:
+    # Asked first: in training mode it changes the statistics, which are no constants then.
+    training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
+    if training is True and node.args and arguments.varies(node.args[0]):
+        return Refusal(BY_BATCH)
     given = arguments.by_name(node, NORM_NAMES)
     if given is None:
         return None
     mean, var = given.get("running_mean"), given.get("running_var")
     if given.get("training", False):
-        return Refusal("training=True: it normalises each batch by its own statistics")
+        return Refusal(BY_BATCH)
     if mean is None or var is None:
         return Refusal("it has no running statistics: it normalises each batch by its own")
     weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,8 @@ def check_module(model: object, where: str, error: type[FxExpandError]) -> None:
     """Raises `error`, its message opening with `where`, unless `model` is a module whose tensors all have a shape."""
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise error(f"{where}: expected a torch.nn.Module, found {found}. Pass an instance of the model.")
+        wanted = "the model that was exported" if isinstance(model, ExportedProgram) else "an instance of the model"
+        raise error(f"{where}: expected a torch.nn.Module, found {found}. Pass {wanted}.")
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise error(

@@ -1,0 +1,1 @@
+"""Exported programs: ATen graphs as the passes read them, and back."""
