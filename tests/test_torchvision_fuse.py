@@ -19,11 +19,9 @@ from fxexpand.testing import as_trained
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 REPRESENTATIVE = (
-    "convnext_tiny",
     "densenet121",
     "efficientnet_b0",
     "googlenet",
-    "mnasnet0_5",
     "mobilenet_v2",
     "mobilenet_v3_small",
     "regnet_y_400mf",
