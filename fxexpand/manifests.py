@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fxexpand.errors import RuleError
+from fxexpand.errors import RuleError, did_you_mean
 from fxexpand.filters import clause_of, layer
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.find import find_sites
@@ -227,8 +226,7 @@ def _is_as(entry: Entry, held: Expanded) -> bool:
 def _difference(entry: Entry, held: object, site: Site | None, sites: Sequence[Site]) -> str:
     """What is otherwise in the model; nothing where it fits."""
     if held is None:
-        close = difflib.get_close_matches(entry.path, [s.path for s in sites], 1, 0.6)
-        return f"expected {entry.layer}, found nothing there.{f' Did you mean {close[0]!r}?' if close else ''}"
+        return f"expected {entry.layer}, found nothing there.{did_you_mean(entry.path, (s.path for s in sites))}"
     if site is None:
         kind = f"an expansion by {held.strategy}" if isinstance(held, Expanded) else type(held).__name__
         return f"expected {entry.layer}, found {kind}, which is no layer that the model uses"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from fxexpand.errors import RuleError
+from fxexpand.errors import RuleError, did_you_mean
 from fxexpand.filters import Filter, Where, clause_of, globs_of, text_of
 from fxexpand.graph.site import Site
 from fxexpand.strategies.strategy import Strategy
@@ -99,9 +98,8 @@ def _nearest(rule: Rule, sites: Sequence[Site]) -> str:
         takes = "linear layers" if rule.strategy.dims == {0} else "convolutions"
         return f"Its where holds for {_some(held)}, but {type(rule.strategy).__name__} takes {takes}."
     asked = () if rule.where is None else globs_of(rule.where) or (text_of(rule.where).removeprefix("layer(name="),)
-    close = [path for glob in asked for path in difflib.get_close_matches(glob, [site.path for site in sites], 1, 0.5)]
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return _overview(sites) + hint
+    hints = (did_you_mean(glob, (site.path for site in sites), 0.5) for glob in asked)
+    return _overview(sites) + next(filter(None, hints), "")
 
 
 def _overview(sites: Sequence[Site]) -> str:

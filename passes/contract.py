@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.memory_format import common_format
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ContractionError
 from fxexpand.graph.assembly import TRAINING
 from fxexpand.graph.counterpart import Counterpart
 from fxexpand.graph.expanded import CallOrigin, Expanded, LayerOrigin, strays
 from fxexpand.graph.layers import has_hooks
-from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.norms import NormUses
 from fxexpand.graph.occurrences import edits_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
@@ -175,10 +175,7 @@ def _parameters(expanded: Expanded, kernel: Kernel) -> tuple[nn.Parameter, nn.Pa
     """The composed weight and bias with the dtype, memory format and flags that the layers have now."""
     weights = [p for name, p in expanded.named_parameters() if name.endswith(".weight") and p.dim() > 1]
     biases = [p for name, p in expanded.named_parameters() if name.endswith(".bias")]
-    # A pointwise weight is laid out in every format at once: what any other has counts.
-    layouts = {memory_format_of(weight) for weight in weights} - {torch.contiguous_format}
-    layout = layouts.pop() if layouts else torch.contiguous_format
-    weight = kernel.weight.to(weights[0].dtype, memory_format=layout)
+    weight = kernel.weight.to(weights[0].dtype, memory_format=common_format(weights))
     bias = None if kernel.bias is None else _parameter(kernel.bias.to(weights[0].dtype), biases)
     return _parameter(weight, weights), bias
 

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor, fx, nn
 
+from fxexpand.algebra.memory_format import memory_format_of
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.expanded import BRANCHES, PAD, CallOrigin, Expanded, LayerOrigin
 from fxexpand.graph.find import find_sites, layer_site
 from fxexpand.graph.geometry import DIMS
-from fxexpand.graph.lift import memory_format_of, pad_module
+from fxexpand.graph.lift import pad_module
 from fxexpand.graph.rewrite import Edit, StructureStep, rewrite
 from fxexpand.graph.site import Call, Site
 from fxexpand.graph.structure import Series, Sum, entrances, leaves

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import overload
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from fxexpand.algebra.affine import Affine, Border
@@ -175,7 +175,7 @@ def check_when(when: str, task: str) -> None:
 
 def plan_all(
     work: nn.Module,
-    shapes: dict[fx.Node, tuple[int, ...]],
+    shapes: Shapes,
     when: str,
     lifts: Lifts | None,
     made: Mapping[int, Affine] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,7 @@ def open_program(program: ExportedProgram, task: str) -> Opened:
             graph.output(tuple(made[read] for read in (*node.all_input_nodes, *_named_in_calls(program, nodes))))
     originals = {work: node for node, work in made.items()}
     work = fx.GraphModule({_attribute(node): constants[node.name] for node in nodes if node.name in constants}, graph)
-    shapes = {made[node]: shape for node in made if (shape := _shape(node)) is not None}
-    return Opened(program, work.eval(), originals, {work.name: node for work, node in originals.items()}, shapes)
+    return Opened(program, work.eval(), originals, {work.name: node for work, node in originals.items()}, _shapes(made))
 
 
 def state_of(program: ExportedProgram, spec: InputSpec) -> object:
@@ -125,9 +125,14 @@ def _named_in_calls(program: ExportedProgram, nodes: list[fx.Node]) -> list[fx.N
     return [node for node in nodes if node.name in names]
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    value = value_of(node)
-    return tuple(map(_length, value.shape)) if isinstance(value, Tensor) else None
+def _shapes(made: Mapping[fx.Node, fx.Node]) -> Shapes:
+    """Those of the values that ``made`` has for nodes of a program."""
+    shapes = Shapes()
+    for node, work in made.items():
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            shapes.note(work, tuple(map(_length, value.shape)), value.dtype)
+    return shapes
 
 
 def _length(length: Any) -> int:

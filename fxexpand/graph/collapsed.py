@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from fxexpand.algebra.composition import exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
+from fxexpand.algebra.memory_format import like_the_layers
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step
 from fxexpand.graph.assembly import Assembly, Path, at
@@ -68,7 +69,8 @@ class Collapsed(Expanded):
             return self._in_turn(input)
         if self._memory.wanted and not is_followed():
             self._memory.keep(kernel.weight, self._sources())
-        return self._assembly.like.apply_with(input, kernel.weight, kernel.bias)
+        weight = like_the_layers(kernel.weight, self._weights())
+        return self._assembly.like.apply_with(input, weight, kernel.bias)
 
     def weight_of_step(self) -> Tensor | Refusal:
         """The weight of the one layer, (n, m / groups, *k): the last forward's if it still holds, else composed now.
@@ -93,6 +95,10 @@ class Collapsed(Expanded):
         modules = [at(self, path) for path, _ in self._expected]
         held = [[*module._parameters.values(), *module._buffers.values()] for module in modules]
         return [tensor for tensors in held for tensor in tensors if tensor is not None]
+
+    def _weights(self) -> list[Tensor]:
+        held = [at(self, path)._parameters.get("weight") for path, _ in self._expected]
+        return [weight for weight in held if weight is not None]
 
     def _in_turn(self, x: Tensor) -> Tensor:
         if not is_followed():

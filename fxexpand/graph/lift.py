@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fxexpand.algebra.kernel import Kernel, Sides, pad_amounts, pad_sides
@@ -56,12 +55,3 @@ def padding_of(layer: nn.Module | None) -> tuple[str, Sides] | None:
         geometry = geometry_of(layer)
         return (geometry.padding_mode, geometry.padding) if geometry.padded else None
     return None
-
-
-def memory_format_of(weight: Tensor) -> torch.memory_format:
-    """channels_last when ``weight`` is laid out so and no other way, else contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(weight.dim())
-    if wanted and weight.is_contiguous(memory_format=wanted) and not weight.is_contiguous():
-        return wanted
-    return torch.contiguous_format

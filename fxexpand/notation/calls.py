@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fxexpand import strategies as library
-from fxexpand.errors import RuleError
+from fxexpand.errors import RuleError, did_you_mean
 from fxexpand.notation.scanner import Scanner
 from fxexpand.strategies import Strategy
 
@@ -183,7 +182,7 @@ class Reader(Scanner):
                 raise self.error(f"expected each argument once, found {key} a second time, by name.", value.at)
             if key not in signature and inspect.Parameter.VAR_KEYWORD not in kinds:
                 place = self.text.rindex(key, 0, value.at)
-                raise self.error(f"{name} has no argument {key!r}.{_did_you_mean(key, signature)} {takes}", place)
+                raise self.error(f"{name} has no argument {key!r}.{did_you_mean(key, signature)} {takes}", place)
 
     def _number(self, text: str, at: int) -> int | float:
         try:
@@ -213,18 +212,18 @@ class Reader(Scanner):
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
         modules = [key for key, value in vars(nn).items() if isinstance(value, type)]
-        raise self.error(f"expected a class of torch.nn, found {name!r}.{_did_you_mean(name, modules)}", at)
+        raise self.error(f"expected a class of torch.nn, found {name!r}.{did_you_mean(name, modules)}", at)
 
     def _known(self, name: str) -> str:
         if not self.peek("."):
             return " Write 'CL(4) on features.*', for example."
         known = ", ".join(sorted(self.strategies))
-        return f"{_did_you_mean(name, self.strategies)} Known are {known}; pass others as classes=[...]."
+        return f"{did_you_mean(name, self.strategies)} Known are {known}; pass others as classes=[...]."
 
     def _value_meant(self, name: str) -> str:
         if isinstance(getattr(nn, name or " ", None), type):
             return f"Did you mean nn.{name}?"
-        close = _did_you_mean(name, [*_WORDS, *self.kinds, *self.strategies]).strip()
+        close = did_you_mean(name, [*_WORDS, *self.kinds, *self.strategies]).strip()
         return close or "Names and globs stand in quotes here; classes of yours are given as classes=[...]."
 
 
@@ -235,10 +234,3 @@ def _is_strategy(value: object) -> bool:
 def _is_required(parameter: inspect.Parameter) -> bool:
     several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and not several
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'CL'?``, where one of the known names is like it in letters of any case."""
-    folded = {key.casefold(): key for key in known}
-    close = difflib.get_close_matches(name.casefold(), folded, 1, 0.6)
-    return f" Did you mean {folded[close[0]]!r}?" if close else ""

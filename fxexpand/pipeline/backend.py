@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxexpand.errors import FxExpandError
+from fxexpand.errors import FxExpandError, did_you_mean
 from fxexpand.pipeline.collapse_graph import collapse_graph
 
 NAME = "fxexpand"
@@ -27,7 +27,8 @@ def backend(
     training step cheaper, by the model that ``collapse`` uses, for the shapes the graph was captured with.
 
     Inductor compiles the result, with ``mode`` and ``options`` as ``torch.compile`` takes them for it;
-    ``options={"backend": ...}`` names another backend, or is one. Raises ``FxExpandError`` for one that is no backend.
+    ``options={"backend": ...}`` names another backend, or is one. Raises ``FxExpandError`` for what is no backend, and
+    for a mode or an option that Inductor does not know.
     """
     rest = dict(options or {})
     inner = rest.pop("backend", "inductor")
@@ -38,7 +39,18 @@ def backend(
 
 
 def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    patches = {**(torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}), **options}
+    known, modes = torch._inductor.list_options(), torch._inductor.list_mode_options()
+    for name in options:
+        if name.replace("-", "_") not in known:
+            raise FxExpandError(
+                f"torch.compile(backend={NAME!r}): expected options={{'backend': ...}} and options of Inductor, found "
+                f"{name!r}.{did_you_mean(name, ('backend', *known))} torch._inductor.list_options() has them all."
+            )
+    if mode is not None and mode not in modes:
+        raise FxExpandError(
+            f"torch.compile(backend={NAME!r}): expected mode to be one of {', '.join(modes)}, found {mode!r}."
+        )
+    patches = {**modes[mode or "default"], **{name.replace("-", "_"): value for name, value in options.items()}}
     return lambda gm, inputs: torch._inductor.compile(gm, list(inputs), options=patches)
 
 

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from fxexpand.algebra.composition import exact_products
+from fxexpand.algebra.memory_format import like_the_layers
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
 from fxexpand.pipeline.lifted import LiftedWeights, noted
@@ -42,17 +43,12 @@ def collapse_graph(gm: fx.GraphModule) -> fx.GraphModule | None:
 def _edit(lifted: LiftedWeights, plan: LivePlan, *, cast: bool) -> Edit | None:
     """The nodes that stand for the region; None where that cannot be said without running it."""
     region, nodes = plan.region, plan.nodes
-    held = [getattr(lifted.view, path, None) for path in region.record.paths]
-    order = {node: i for i, node in enumerate(lifted.view.graph.nodes)}
-    between = [node for node in lifted.view.graph.nodes if order[nodes[0]] < order[node] < order[nodes[-1]]]
-    if any(map(_switches, between)) or not all(path in lifted.names for path in region.record.paths):
-        return None
-    rank = lifted.shapes.get(plan.merge.stretch.source)
-    if region.rank is not None and (rank is None or len(rank) != region.rank):
-        return None
     device = _device(lifted, region)
-    composing = None if device is None else _traced(region, [h for h in held if isinstance(h, Tensor)], device)
-    if composing is None or device is None:
+    if device is None or not (_is_undisturbed(lifted, plan) and _gives_what_a_layer_gives(lifted, plan)):
+        return None
+    held = [getattr(lifted.view, path) for path in region.record.paths]
+    composing = _traced(region, held, device)
+    if composing is None:
         return None
 
     def emit(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
@@ -72,19 +68,51 @@ def _edit(lifted: LiftedWeights, plan: LivePlan, *, cast: bool) -> Edit | None:
     return Edit(plan.gm, nodes, (EmitStep(emit),), source=plan.merge.stretch.source, constants=plan.constants)
 
 
+def _is_undisturbed(lifted: LiftedWeights, plan: LivePlan) -> bool:
+    """Whether the layers of a region may as well run where the first of them does.
+
+    What is written in between to an input of the graph is perhaps written to another one, weights among them: whether
+    inputs share memory may differ from call to call.
+    """
+    order, (first, last) = plan.reading.effects.order, (plan.nodes[0], plan.nodes[-1])
+    between = (node for node in lifted.view.graph.nodes if order[first] < order[node] < order[last])
+    return plan.reading.effects.outer_change_between(first, last) is None and not any(map(_switches, between))
+
+
+def _gives_what_a_layer_gives(lifted: LiftedWeights, plan: LivePlan) -> bool:
+    """Whether one layer gives a value of the same dtype, from an input with the same axes.
+
+    Under autocast, layers give bfloat16, and what is added to it beside them may be float32.
+    """
+    dtypes, shape = lifted.shapes.dtypes, lifted.shapes.get(plan.merge.stretch.source)
+    if plan.region.rank is not None and (shape is None or len(shape) != plan.region.rank):
+        return False
+    layers = {dtypes.get(node) for node in plan.nodes if plan.reading.is_layer(node)}
+    return layers == {dtypes.get(plan.nodes[-1])}
+
+
 def _device(lifted: LiftedWeights, region: LiveRegion) -> torch.device | None:
-    """Where the weights of the region are; None where they are at several places."""
+    """Where the weights of the region are; None where they are at several places, or are no inputs."""
+    if not all(path in lifted.names for path in region.record.paths):
+        return None
     devices = {lifted.device_of(path) for path in region.record.paths}
     return devices.pop() if len(devices) == 1 else None
 
 
 def _traced(region: LiveRegion, held: list[Tensor], device: torch.device) -> fx.GraphModule | None:
-    """The composition of ``region``, as a graph of plain operations; None where its layers form no one layer."""
+    """The composition of ``region``, as a graph of plain operations on ``held``.
+
+    None where its layers form no one layer, or where it needs numbers that are no weights of theirs.
+    """
 
     def compose(*weights: Tensor) -> Any:
         numbers = region.composed(weights)
-        return (None, None) if isinstance(numbers, Refusal) else numbers
+        if isinstance(numbers, Refusal):
+            return None, None
+        return like_the_layers(numbers[0], weights), numbers[1]
 
+    if region.has_fixed_numbers:
+        return None
     with exact_products(device.type), torch._subclasses.FakeTensorMode(), torch.no_grad():
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in held]
         found: fx.GraphModule = make_fx(compose, pre_dispatch=True)(*fakes)

@@ -45,7 +45,7 @@ class LiftedWeights:
         """That of ``gm``, which stays as it is."""
         root, graph, names = nn.Module(), fx.Graph(), dict[str, fx.Node]()
         seen: dict[fx.Node, fx.Node] = {}
-        shapes: Shapes = {}
+        shapes = Shapes()
         for node in gm.graph.nodes:
             value = _value(gm, node)
             if isinstance(value, Tensor) and _is_weight(node, value):
@@ -55,9 +55,9 @@ class LiftedWeights:
                 seen[node] = graph.get_attr(name)
             else:
                 seen[node] = graph.node_copy(node, seen.__getitem__)
-            shape = None if value is None else _hints(value)
+            shape = _hints(value.shape) if isinstance(value, Tensor) else None
             if shape is not None:
-                shapes[seen[node]] = shape
+                shapes.note(seen[node], shape, value.dtype)
         for name in {str(node.target) for node in gm.graph.nodes if node.op in ("call_module", "get_attr")}:
             _share(root, gm, name)
         return LiftedWeights(gm, fx.GraphModule(root, graph, type(gm).__name__), names, shapes)
@@ -130,11 +130,8 @@ def _is_beside(user: fx.Node, node: fx.Node) -> bool:
     return user.target in _FIRST_IS_SIGNAL and bool(user.args) and node not in nodes_in(user.args[0])
 
 
-def _hints(value: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor; for an extent that varies, the one it was captured with, which guards nothing."""
-    if not isinstance(value, Tensor):
-        return None
-    extents: tuple[Any, ...] = tuple(value.shape)
+def _hints(extents: Iterable[Any]) -> tuple[int, ...] | None:
+    """The extents of a tensor; for one that varies, that which it was captured with, which guards nothing."""
     found = [extent.node.hint if _varies(extent) else extent for extent in extents]
     return None if any(extent is None for extent in found) else _ints(found)
 

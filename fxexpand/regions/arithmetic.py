@@ -158,7 +158,10 @@ def _is_real(value: Any) -> bool:
 
 
 def _has_zero(value: float | Tensor) -> bool:
-    return bool((value == 0).any()) if isinstance(value, Tensor) else value == 0
+    """Whether a divisor is zero somewhere, as far as its numbers are known."""
+    if isinstance(value, Tensor):
+        return not value.is_meta and bool((value == 0).any())
+    return value == 0
 
 
 def _two(node: fx.Node) -> tuple[Any, Any] | None:

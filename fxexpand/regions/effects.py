@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,6 +54,10 @@ class Effects:
         for node in gm.graph.nodes:
             for target in self._changed_by(node):
                 self._changes.setdefault(self._root(target), []).append(node)
+        self._inputs = {self._root(node) for node in self.order if node.op == "placeholder"}
+        attributes = {self._root(node) for node in self.order if node.op == "get_attr"}
+        self._input_changes = self._changes_of(self._inputs)
+        self._outer_changes = self._changes_of(self._inputs | attributes)
 
     def is_fresh(self, node: fx.Node) -> bool:
         """Whether the value of ``node`` surely shares no memory with the values it is computed from."""
@@ -68,10 +73,16 @@ class Effects:
         return frozenset(node for node in self.order if self._root(node) in self._changes)
 
     def changes_between(self, node: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
-        """A node from ``first`` to ``last`` that changes the value of ``node``, or None."""
-        positions = self.order[first], self.order[last]
-        changes = self._changes.get(self._root(node), [])
-        return next((change for change in changes if positions[0] <= self.order[change] < positions[1]), None)
+        """A node from ``first`` to ``last`` that changes the value of ``node``, or None.
+
+        Inputs of the graph may share memory with each other: who changes one may change them all.
+        """
+        root = self._root(node)
+        return self._between(self._input_changes if root in self._inputs else self._changes.get(root, []), first, last)
+
+    def outer_change_between(self, first: fx.Node, last: fx.Node) -> fx.Node | None:
+        """A node from ``first`` to ``last`` that changes what was there before the graph ran, or None."""
+        return self._between(self._outer_changes, first, last)
 
     def owns(self, node: fx.Node) -> bool:
         """Whether the one who uses ``node``, its only user, may change its value in place without anyone seeing it."""
@@ -83,6 +94,13 @@ class Effects:
                 return False
             node = sources[0]
         return False
+
+    def _changes_of(self, roots: set[fx.Node]) -> list[fx.Node]:
+        return [change for root in roots for change in self._changes.get(root, [])]
+
+    def _between(self, changes: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> fx.Node | None:
+        found = [change for change in changes if self.order[first] <= self.order[change] < self.order[last]]
+        return min(found, key=self.order.__getitem__, default=None)
 
     def _shared_with(self, node: fx.Node) -> list[fx.Node]:
         """The values that the one of ``node`` may share memory with."""

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.compose import Blocks
+from fxexpand.algebra.memory_format import memory_format_of
 from fxexpand.algebra.refusal import Refusal
-from fxexpand.graph.lift import memory_format_of
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.naming import Places

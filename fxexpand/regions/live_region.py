@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.composition import Composition, composed, exact_products
+from fxexpand.algebra.memory_format import like_the_layers
 from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
-from fxexpand.regions.live import LiveStep, map_of_steps
+from fxexpand.regions.live import Constant, LiveStep, map_of_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,12 @@ class LiveRegion(nn.Module):
         return self._recipe.rank
 
     @property
+    def has_fixed_numbers(self) -> bool:
+        """Whether what is composed are not the numbers of its layers alone: a selection of channels, say."""
+        maps = [step.live for steps in self._recipe.parts for step in steps]
+        return any(isinstance(live, Constant) and live.is_fixed for live in maps)
+
+    @property
     def record(self) -> Record:
         """The nodes that it stands for."""
         return self._record
@@ -74,7 +81,8 @@ class LiveRegion(nn.Module):
             numbers = self.composed(held)
         if isinstance(numbers, Refusal):
             return self._in_turn(input, held)
-        return self._recipe.like.apply_with(input, *numbers)
+        weight, bias = numbers
+        return self._recipe.like.apply_with(input, like_the_layers(weight, _weights(held)), bias)
 
     def _in_turn(self, x: Tensor, held: Sequence[Any]) -> Tensor:
         found: Tensor = self._record.run(x, held)
@@ -101,3 +109,8 @@ class LiveRegion(nn.Module):
         if len({kernel.weight.dtype for kernel in kernels}) > 1:
             return Refusal("its layers have several dtypes")
         return composed(self._recipe.order, self._recipe.composition, kernels)
+
+
+def _weights(held: Sequence[Any]) -> list[Tensor]:
+    found = [x if isinstance(x, Tensor) else x._parameters.get("weight") for x in held]
+    return [weight for weight in found if weight is not None]

@@ -120,7 +120,8 @@ def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:
         return Unary(source, lambda _: None)
     # A tensor without axes takes the dtype of the signal, as a number does.
     held = tuple(value for value in (scale, shift) if isinstance(value, Tensor) and value.dim() > 0)
-    return Unary(source, make, tensors=held, broadcasts=bool(held))
+    promotes = any(isinstance(value, (float, Tensor)) for value in (scale, shift))
+    return Unary(source, make, tensors=held, broadcasts=bool(held), promotes=promotes)
 
 
 def _is_number(value: Any, number: int) -> bool:

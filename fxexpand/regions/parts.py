@@ -66,7 +66,8 @@ class Unary:
     are what the node tells of the values before and after it; ``channels`` gives the number after from that before,
     where ``gives`` does not. ``computes`` says that it multiplies and accumulates, as convolutions and linear layers
     do. ``tensors`` are those of its tensors that have the dtype of the signal. ``whole`` is False for a node the value
-    of which is a tuple of parts.
+    of which is a tuple of parts. ``promotes``: it may give a floating value of an integer one, or of another dtype
+    where it also ``broadcasts`` a tensor.
     """
 
     source: fx.Node
@@ -79,6 +80,7 @@ class Unary:
     whole: bool = True
     pads: bool = False
     broadcasts: bool = False
+    promotes: bool = False
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxexpand.algebra.affine import Affine, pads_itself, without_groups
 from fxexpand.algebra.order import Order, shifted
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.regions.dtypes import promotion
 from fxexpand.regions.parts import Unary
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.region import Regions, Stretch, describe, in_turn, map_between
@@ -187,7 +188,10 @@ class Planner:
         change = self._change_before_last_read(source, nodes)
         if change is not None:
             return Refusal(f"{change.name} changes {source.name} in place before all of it is read")
-        if not any(map(self._computes, nodes)):
+        promoted = promotion(self.reading, source, nodes, tensors[0].dtype) if tensors else None
+        if promoted is not None:
+            return promoted
+        if not any(map(self.reading.is_layer, nodes)):
             return Refusal("no convolution or linear layer stands beside it to take it in")
         return Cost(self._macs(found, source), 1 if pads_itself(found) else 1.5)
 
@@ -206,10 +210,6 @@ class Planner:
     def _tensors(self, element: _Element) -> list[Tensor]:
         parts = [self.reading.part(node) for node in element.stretch.nodes]
         return [tensor for part in parts if isinstance(part, Unary) for tensor in part.tensors]
-
-    def _computes(self, node: fx.Node) -> bool:
-        part = self.reading.part(node)
-        return isinstance(part, Unary) and part.computes
 
     def _as_it_stands(self, element: _Element) -> Cost:
         """What an element costs when it is not merged: one node, or a join and its branches."""

@@ -16,6 +16,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import FxExpandError
 from fxexpand.regions.calls import Calls
 from fxexpand.regions.constants import Constants
+from fxexpand.regions.dtypes import whole_numbers
 from fxexpand.regions.effects import Effects
 from fxexpand.regions.layers import lift_as, lift_module
 from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
@@ -57,6 +58,7 @@ class Reading:
 
     ``parts`` has an entry for each node that is linear, or would be but for a reason. ``exact`` are the maps of layers
     of which more is known than their weights say, by the id of the layer. ``reach`` is what other code comes by.
+    ``whole_numbers`` are the nodes that may give integers.
     """
 
     def __init__(
@@ -84,11 +86,17 @@ class Reading:
         self._maps: dict[fx.Node, Affine | Refusal | None] = {}
         self._sketches: dict[fx.Node, Affine | Refusal | None] = {}
         self._sizes: dict[fx.Node, Ints] = {}
+        self.whole_numbers = whole_numbers(self)
 
     def part(self, node: fx.Node) -> Unary | Join | None:
         """What ``node`` does, if it is linear."""
         found = self.parts.get(node)
         return None if isinstance(found, Refusal) else found
+
+    def is_layer(self, node: fx.Node) -> bool:
+        """Whether ``node`` multiplies and accumulates, as convolutions and linear layers do."""
+        part = self.part(node)
+        return isinstance(part, Unary) and part.computes
 
     def signal(self, node: fx.Node) -> Signal:
         return self.signals.get(node, Signal())
@@ -225,7 +233,9 @@ def _pass_on(
         after = None if before.channels is None or part.gives.channels else part.channels(before.channels)
         note(node, before.of_channels(after))
         here = at(node)
-        if not part.broadcasts:
+        if part.broadcasts:
+            note(part.source, Signal(here.dims))
+        else:
             note(part.source, here if part.channels is same_channels else here.of_channels(None))
     elif isinstance(part, Join):
         summed = part.factors is not None

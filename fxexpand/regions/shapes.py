@@ -1,26 +1,36 @@
-"""The shapes of the values of graphs, for one set of example inputs."""
+"""The shapes and dtypes of the values of graphs, for one set of example inputs."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.errors import FxExpandError
 from fxexpand.report.run import copied, undisturbed
 
-# The shape of each node of a graph module, by its id; of nodes with one shape at every call.
-Shapes: TypeAlias = "dict[fx.Node, tuple[int, ...]]"
+
+class Shapes(dict[fx.Node, tuple[int, ...]]):
+    """The shape of each node that gives a tensor, if it is the same at every call; ``dtypes`` has its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
+
+    def note(self, node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Say what ``node`` gives."""
+        self[node], self.dtypes[node] = shape, dtype
 
 
 def shapes_of(model: nn.Module, inputs: tuple[object, ...], task: str) -> Shapes:
-    """The shapes of all values of all graphs in ``model`` when it runs on ``inputs``, in eval mode.
+    """The shapes and dtypes of all values of all graphs in ``model`` when it runs on ``inputs``, in eval mode.
 
     Empty without inputs. Raises ``FxExpandError`` when the model does not run on them.
     """
-    shapes: Shapes = {}
+    shapes = Shapes()
     if not inputs:
         return shapes
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
@@ -38,7 +48,9 @@ def shapes_of(model: nn.Module, inputs: tuple[object, ...], task: str) -> Shapes
     finally:
         for gm in graphs:
             vars(gm).pop("forward", None)
-    return {node: shape for node, shape in shapes.items() if node not in ambiguous}
+    for node in ambiguous:
+        del shapes[node], shapes.dtypes[node]
+    return shapes
 
 
 class _Recorder(fx.Interpreter):
@@ -50,8 +62,9 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
-            if self.shapes.setdefault(n, shape) != shape:
+            if n in self.shapes and (self.shapes[n], self.shapes.dtypes[n]) != (shape, value.dtype):
                 self.ambiguous.add(n)
+            self.shapes.note(n, shape, value.dtype)
         return value
 
 

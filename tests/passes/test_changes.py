@@ -311,3 +311,26 @@ class Renormed(nn.Linear):
 def test_example_inputs_leave_weights_as_they_are(layer: Any, change: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), layer(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
     keeps(model, change, torch.randn(3, 4, dtype=DOUBLE), torch.randn(3, 4, dtype=DOUBLE))
+
+
+class TwoInputs(nn.Module):
+    """Writes to one of its inputs before all of the other one is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, view: Tensor) -> Tensor:
+        y = self.conv(x)
+        view.add_(1)
+        total: Tensor = y + x
+        return total
+
+
+@pytest.mark.parametrize("run", [fxexpand.fuse, fxexpand.collapse], ids=["fuse", "collapse"])
+def test_inputs_that_share_memory(run: Callable[..., Any]) -> None:
+    model, x = TwoInputs().eval(), torch.randn(2, 4, 8, 8)
+    given = [x.clone() for _ in range(2)]
+    changed = run(nn.ModuleDict({"two": model, "pair": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))}))["two"]
+    expected, found = (f(x, x.view(-1)) for f, x in zip((model, changed), given, strict=True))
+    assert torch.equal(found, expected)

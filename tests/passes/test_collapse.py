@@ -18,10 +18,24 @@ from torch.utils.checkpoint import checkpoint
 import fxexpand
 from drawing import random
 from expansions import Expansion, expansions
-from fxexpand import CK, CL, FC, ExpansionError, Rule, collapse, contract, expand, layer, uncollapse
+from fxexpand import (
+    CK,
+    CL,
+    FC,
+    ACNet,
+    ExpansionError,
+    RepVGG,
+    Rule,
+    collapse,
+    contract,
+    expand,
+    layer,
+    uncollapse,
+)
 from fxexpand.demo.smallnet import SmallNet
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
+from fxexpand.strategies import Strategy
 from fxexpand.testing import Case, Functional, Picky, Residual, networks
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float64).reshape(2, 3, 32, 32)
@@ -322,6 +336,18 @@ def test_memory_format() -> None:
         x = torch.randn(2, 4, 6, 6).to(memory_format=memory_format)
         assert fast(x).is_contiguous(memory_format=memory_format)
         assert torch.allclose(fast(x), conv(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [CL(2), ACNet(), RepVGG()], ids=repr)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_layers_in_channels_last_give_an_output_in_it(strategy: Strategy, groups: int) -> None:
+    """As the compact layer does, whatever the input: else a network would leave the format at its first layer."""
+    conv = nn.Conv2d(4, 8, 3, padding=1, groups=groups).to(memory_format=torch.channels_last)
+    slow = expand(nn.Sequential(conv), strategy)
+    x, fast = torch.randn(2, 4, 6, 6), collapse(slow)
+    assert fast(x).stride() == conv(x).stride() == slow(x).stride()
+    assert torch.allclose(fast(x), conv(x), atol=1e-5)
+    assert contract(slow)(x).stride() == conv(x).stride()
 
 
 # What is left, and errors

@@ -167,3 +167,18 @@ def test_what_is_no_backend(inner: object) -> None:
     with pytest.raises(Exception, match="name another backend") as caught:
         compiled(network(), inner)(X)
     assert isinstance(caught.value.__cause__ or caught.value, FxExpandError) or "FxExpandError" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"options": {"bakend": "eager"}}, "found 'bakend'. Did you mean 'backend'?"),
+        ({"options": {"freezin": True}}, "found 'freezin'. Did you mean 'freezing'?"),
+        ({"mode": "max-autotun"}, "expected mode to be one of default, .*, found 'max-autotun'"),
+    ],
+)
+def test_what_inductor_does_not_know(given: dict[str, Any], message: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message) as caught:
+        torch.compile(network(), backend="fxexpand", **given)(X)
+    assert isinstance(caught.value.__cause__ or caught.value, FxExpandError) or "FxExpandError" in str(caught.value)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fusing import Layers, graph_of
 from fxexpand.regions.effects import Effects
@@ -43,6 +43,30 @@ def test_changes_between_two_nodes() -> None:
     assert effects.changes_between(x, conv, other) is nodes["mul_"]
     assert effects.changes_between(x, other, add) is None
     assert effects.changes_between(conv, conv, add) is None
+    assert effects.outer_change_between(conv, other) is nodes["mul_"]
+    assert effects.outer_change_between(other, add) is None
+
+
+def test_inputs_may_share_memory_and_what_is_made_on_the_way_does_not() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, view: Tensor) -> Tensor:
+            a = self.conv(x)
+            view[0].mul_(2)
+            b = a.relu()
+            b.add_(1)
+            total: Tensor = b + a + x
+            return total
+
+    gm = fx.symbolic_trace(Two())
+    effects, nodes = Effects(gm), {node.name: node for node in gm.graph.nodes}
+    assert effects.changes_between(nodes["x"], nodes["conv"], nodes["add_1"]) is nodes["mul_"]
+    assert effects.changes_between(nodes["x"], nodes["relu"], nodes["add_1"]) is None
+    assert effects.outer_change_between(nodes["conv"], nodes["add_1"]) is nodes["mul_"]
+    assert effects.outer_change_between(nodes["relu"], nodes["add_1"]) is None
 
 
 @pytest.mark.parametrize(

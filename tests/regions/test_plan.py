@@ -12,10 +12,11 @@ import fxexpand
 from fusing import randomised
 from fxexpand.regions.plan import WINDOW, Planner
 from fxexpand.regions.reading import Reading
+from fxexpand.regions.shapes import Shapes
 
 
 def planner(model: nn.Module, *, always: bool = False) -> Planner:
-    return Planner(Reading(fx.symbolic_trace(model), {}, {}), always=always)
+    return Planner(Reading(fx.symbolic_trace(model), Shapes(), {}), always=always)
 
 
 def linear_chain(*widths: int) -> nn.Sequential:

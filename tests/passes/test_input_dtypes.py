@@ -1,0 +1,118 @@
+"""Inputs that become floating on the way: no layer is made to read integers, or another dtype than its weights have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxexpand
+from fxexpand.testing import assert_equivalent
+
+
+class Images(nn.Module):
+    """Standardises its input by ``scale``, then two layers."""
+
+    def __init__(self, scale: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.rand(1, 3, 1, 1) + 0.5)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(self.scale(self, x)))
+        return y
+
+
+SCALES = {
+    "quotient": lambda m, x: x / 255,
+    "steps": lambda m, x: (x / 255 - 0.5) * 2,
+    "factor": lambda m, x: x * 0.5,
+    "sum": lambda m, x: 1.5 + x,
+    "tensors": lambda m, x: (x - m.mean) / m.deviation,
+    "permuted": lambda m, x: x.permute(0, 1, 3, 2) / 255,
+    "both": lambda m, x: x + x / 255,
+    "cast": lambda m, x: x.float() / 255,
+    "cast to": lambda m, x: (x.to(torch.float32) - m.mean) / m.deviation,
+}
+PASSES: dict[str, Callable[..., Any]] = {"fuse": fxexpand.fuse, "collapse": fxexpand.collapse}
+
+
+def integers(dtype: torch.dtype) -> Tensor:
+    return torch.randint(0, 100, (2, 3, 9, 9)).to(dtype)
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["with-example", "without"])
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers(dtype: torch.dtype, scale: str, name: str, shown: bool) -> None:
+    model, x = Images(SCALES[scale]).eval(), integers(dtype)
+    result = PASSES[name](model, *([x] if shown else []))
+    assert torch.allclose(result(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def convolves_its_input(model: nn.Module) -> bool:
+    """Whether the first layer reads what the model is given."""
+    return any(node.op == "placeholder" for node in first_call(model).all_input_nodes)
+
+
+def first_call(model: nn.Module) -> fx.Node:
+    assert isinstance(model, fx.GraphModule)
+    nodes: list[fx.Node] = [node for node in model.graph.nodes if node.op == "call_module"]
+    return nodes[0]
+
+
+@pytest.mark.parametrize("scale", ["quotient", "steps", "factor", "sum", "tensors"])
+def test_an_example_tells_that_the_input_is_floating(scale: str) -> None:
+    model, x = Images(SCALES[scale]).eval(), torch.rand(2, 3, 9, 9)
+    assert not convolves_its_input(fxexpand.fuse(model))
+    fused = fxexpand.fuse(model, x)
+    assert convolves_its_input(fused)
+    assert_equivalent(fused, model, x)
+
+
+def test_a_cast_tells_it_too() -> None:
+    model = Images(SCALES["cast"]).eval()
+    fused = fxexpand.fuse(model)
+    assert isinstance(fused, fx.GraphModule)
+    assert [node.target for node in fused.graph.nodes if node.op != "output"] == ["x", "float", "first"]
+
+
+def test_half_precision_that_a_tensor_makes_single() -> None:
+    model, x = Images(SCALES["tensors"]).eval(), torch.rand(2, 3, 9, 9).half()
+    fused = fxexpand.fuse(model, x)
+    assert torch.allclose(fused(x), model(x), atol=1e-4)
+
+
+def test_a_layer_that_reads_the_input_itself_tells_it() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x * 0.5 + self.conv(x)
+            return y
+
+    assert convolves_its_input(fxexpand.fuse(Branches().eval()))
+
+
+def test_the_reason() -> None:
+    text = str(fxexpand.explain(Images(SCALES["quotient"]).eval()))
+    assert "truediv makes integers floating, and x may hold some; pass example inputs" in " ".join(text.split())
+    shown = str(fxexpand.explain(Images(SCALES["quotient"]).eval(), integers(torch.uint8)))
+    assert "truediv makes torch.float32 of x, which is torch.uint8" in " ".join(shown.split())
+
+
+def test_an_exported_program_of_bytes() -> None:
+    model, x = Images(SCALES["steps"]).eval(), integers(torch.uint8)
+    program = torch.export.export(model, (x,))
+    fused = fxexpand.fuse(program)
+    assert torch.allclose(fused.module()(x), model(x), rtol=1e-4, atol=1e-4)
+    calls = [str(node.target) for node in fused.graph.nodes if "conv" in str(node.target)]
+    assert len(calls) == 1
