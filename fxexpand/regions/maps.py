@@ -116,11 +116,11 @@ def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:
             return Refusal("its constant holds infinity or NaN: what that gives depends on the order of operations")
         return Affine(depthwise(factors, None if _is_number(shift, 0) else terms, dims))
 
+    promotes = any(isinstance(value, (float, Tensor)) for value in (scale, shift))
     if _is_number(scale, 1) and _is_number(shift, 0):
-        return Unary(source, lambda _: None)
+        return Unary(source, lambda _: None, promotes=promotes)
     # A tensor without axes takes the dtype of the signal, as a number does.
     held = tuple(value for value in (scale, shift) if isinstance(value, Tensor) and value.dim() > 0)
-    promotes = any(isinstance(value, (float, Tensor)) for value in (scale, shift))
     return Unary(source, make, tensors=held, broadcasts=bool(held), promotes=promotes)
 
 

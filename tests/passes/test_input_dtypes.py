@@ -32,6 +32,8 @@ SCALES = {
     "quotient": lambda m, x: x / 255,
     "steps": lambda m, x: (x / 255 - 0.5) * 2,
     "factor": lambda m, x: x * 0.5,
+    "factor of one": lambda m, x: x * 1.0,
+    "quotient by one": lambda m, x: x / 1,
     "sum": lambda m, x: 1.5 + x,
     "tensors": lambda m, x: (x - m.mean) / m.deviation,
     "permuted": lambda m, x: x.permute(0, 1, 3, 2) / 255,

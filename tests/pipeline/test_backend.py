@@ -182,3 +182,17 @@ def test_what_inductor_does_not_know(given: dict[str, Any], message: str) -> Non
     with pytest.raises(Exception, match=message) as caught:
         torch.compile(network(), backend="fxexpand", **given)(X)
     assert isinstance(caught.value.__cause__ or caught.value, FxExpandError) or "FxExpandError" in str(caught.value)
+
+
+def test_second_derivatives_and_inference_mode() -> None:
+    """With a backend that takes them; Inductor takes no second derivatives of anything."""
+    model, results = network().train(), []
+    for run in (model, compiled(model)):
+        x = X.clone().requires_grad_()
+        (first_order,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first_order.square().sum(), list(model.parameters()), allow_unused=True))
+    for theirs, ours in zip(*results, strict=True):
+        assert (theirs is None) == (ours is None)
+        assert theirs is None or torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
+    with torch.inference_mode():
+        assert torch.allclose(compiled(model.eval())(X), model(X), rtol=1e-10, atol=1e-10)
