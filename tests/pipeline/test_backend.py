@@ -190,7 +190,8 @@ def test_second_derivatives_and_inference_mode() -> None:
     for run in (model, compiled(model)):
         x = X.clone().requires_grad_()
         (first_order,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(first_order.square().sum(), list(model.parameters()), materialize_grads=True))
+        penalty = first_order.square().sum()
+        results.append(torch.autograd.grad(penalty, list(model.parameters()), materialize_grads=True))
     theirs, ours = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in results)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-10
     with torch.inference_mode():
