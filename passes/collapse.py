@@ -49,10 +49,10 @@ def collapse(model: nn.Module, *example_inputs: object, lifts: Lifts | None = No
 
     Composes in the dtype of the parameters with autocast off, and applies the result in autocast's, also where one of
     the branches of a region was computed in full precision; a composed weight has to fit the range of the parameters'
-    dtype, which is narrow for float16, and has the memory format of the layers' weights. ``contract`` and ``fuse`` take the
-    result as they take ``model``. An expansion stays as it is where something is between its layers, or where they have
-    hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the parameters that it
-    has, differentiably.
+    dtype, which is narrow for float16, and has the memory format of the layers' weights. ``contract`` and ``fuse`` take
+    the result as they take ``model``. An expansion stays as it is where something is between its layers, or where they
+    have hooks. ``lifts={SomeModule: module -> Kernel}`` says what a module of the user's does, with the parameters that
+    it has, differentiably.
 
     Raises ``ExpansionError`` when, without inputs, there is nothing in the model to collapse, and ``FxExpandError``
     when the model does not run on the inputs, or for ``lifts`` of another kind.
