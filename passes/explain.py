@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.exported.merged import call_of, layer_of_calls
+from fxexpand.exported.opened import Opened
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import is_layer
 from fxexpand.graph.uses import running
 from fxexpand.passes.collapse import opened, plan_training
-from fxexpand.passes.fuse import plan_all, prepared
+from fxexpand.passes.fuse import opened_program, plan_all, prepared
 from fxexpand.regions.explanation import Explanation, Merged, Refused, Trained
 from fxexpand.regions.install import MERGED, label, paths_of
 from fxexpand.regions.plan import Plan
@@ -21,7 +24,10 @@ from fxexpand.regions.training import LivePlan, StepCosts
 
 
 def explain(
-    model: nn.Module, *example_inputs: object, when: str = "cheaper", lifts: Lifts | None = None
+    model: nn.Module | ExportedProgram,
+    *example_inputs: object,
+    when: str = "cheaper",
+    lifts: Lifts | None = None,
 ) -> Explanation:
     """What ``fuse`` with the same arguments merges in ``model``, and has merged already, and what ``collapse`` does.
 
@@ -29,8 +35,13 @@ def explain(
     reason. ``.trained`` has an entry for each expansion, and in training mode for each region written by hand, that
     ``collapse`` with the same inputs can run as one layer: both costs, where inputs are given. ``str()`` is a table.
 
+    Of an exported program, nodes are the names of its calls, and a new layer has the path of the one with the largest
+    weight; no program is trained.
+
     Raises ``FxExpandError`` as ``fuse`` does.
     """
+    if isinstance(model, ExportedProgram):
+        return _explain_program(opened_program(model, "explain", example_inputs, when, lifts), when)
     work = prepared(model, "explain", when, lifts, runs=bool(example_inputs))
     prefixes = {id(module): path for path, module in work.named_modules()}
     merged: list[Merged] = []
@@ -42,6 +53,18 @@ def explain(
         merged += _merged(reading, plan, prefix, paths)
         refused += _refused(reading, plan, prefix)
     return Explanation(tuple(merged), (*refused, *_without_graph(work)), tuple(_trained(model, example_inputs, lifts)))
+
+
+def _explain_program(opened: Opened, when: str) -> Explanation:
+    merged: list[Merged] = []
+    refused: list[Refused] = []
+    for reading, plan in plan_all(opened.work, opened.shapes, when, None):
+        for merge in sorted(plan.merges, key=lambda merge: reading.effects.order[merge.stretch.last]):
+            path, calls = layer_of_calls(opened, merge.stretch.nodes)
+            merged.append(Merged(path, calls, (merge.before.macs, merge.cost.macs)))
+        left = sorted(plan.refused, key=reading.effects.order.__getitem__)
+        refused += [Refused((call_of(opened, node).name,), plan.refused[node]) for node in left]
+    return Explanation(tuple(merged), tuple(refused))
 
 
 def _trained(model: nn.Module, example_inputs: tuple[object, ...], lifts: Lifts | None) -> Iterator[Trained]:

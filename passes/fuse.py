@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from fxexpand.algebra.affine import Affine, Border
 from fxexpand.errors import FxExpandError
 from fxexpand.exported.closed import close_program
-from fxexpand.exported.opened import open_program
+from fxexpand.exported.opened import Opened, open_program
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.layers import has_hooks
 from fxexpand.graph.lift import pad_module
@@ -96,14 +96,7 @@ def fuse(
 def _fuse_program(
     program: ExportedProgram, example_inputs: tuple[object, ...], when: str, lifts: Lifts | None
 ) -> ExportedProgram:
-    check_when(when, "fuse")
-    if lifts:
-        raise FxExpandError(
-            "fuse: an exported program has no modules that lifts could tell of; fuse before the export."
-        )
-    if example_inputs:
-        raise FxExpandError("fuse: expected no example inputs with an exported program, which knows its shapes.")
-    opened = open_program(program, "fuse")
+    opened = opened_program(program, "fuse", example_inputs, when, lifts)
     _, held_up = _merge_all(opened.work, opened.shapes, when, None, {}, BY_BATCH)
     if held_up:
         warnings.warn(
@@ -112,6 +105,20 @@ def _fuse_program(
             stacklevel=3,
         )
     return close_program(opened)
+
+
+def opened_program(
+    program: ExportedProgram, task: str, example_inputs: tuple[object, ...], when: str, lifts: Lifts | None
+) -> Opened:
+    """The graph that stands for ``program``, after checks of what was given besides."""
+    check_when(when, task)
+    if lifts:
+        raise FxExpandError(
+            f"{task}: an exported program has no modules that lifts could tell of; {task} before the export."
+        )
+    if example_inputs:
+        raise FxExpandError(f"{task}: expected no example inputs with an exported program, which knows its shapes.")
+    return open_program(program, task)
 
 
 def _merge_all(

@@ -16,8 +16,7 @@ class Names:
 
         That of the layer it was, where the names of its parameters are free; else with ``label`` behind it.
         """
-        above, _, name = weight.rpartition(".")
-        path = above if name == "weight" else weight
+        path = owner_of(weight)
         while not all(self._is_free(join(path, name)) for name in ("weight", "bias")):
             path = f"{path}_{label}" if path else label
         self._taken.update((join(path, "weight"), join(path, "bias")))
@@ -28,6 +27,12 @@ class Names:
         return not any(
             f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in self._taken
         )
+
+
+def owner_of(weight: str) -> str:
+    """The path of the layer the weight of which has this name; the name itself where it is not called ``weight``."""
+    above, _, name = weight.rpartition(".")
+    return above if name == "weight" else weight
 
 
 def join(path: str, name: str) -> str:

@@ -64,7 +64,7 @@ def check_model(
     if isinstance(model, ExportedProgram):
         raise error(
             f"{task}: expected a torch.nn.Module, found an exported program, which has no modules. "
-            f"Call {task} before torch.export.export; fuse alone takes exported programs."
+            f"Call {task} before torch.export.export; fuse and explain alone take exported programs."
         )
     if not isinstance(model, nn.Module):
         found = type(model).__name__

@@ -214,7 +214,8 @@ def test_what_does_not_fit_a_program_is_said() -> None:
         (lambda: fxexpand.fuse(exported, torch.randn(1, 2)), "expected no example inputs"),
         (lambda: fxexpand.fuse(exported, lifts={nn.Linear: lambda m: m}), "fuse before the export"),
         (lambda: fxexpand.fuse(exported, when="never"), "expected when='cheaper' or 'always'"),
-        (lambda: fxexpand.expand(exported, fxexpand.FC(2)), "fuse alone takes exported programs"),
+        (lambda: fxexpand.expand(exported, fxexpand.FC(2)), "fuse and explain alone take exported programs"),
+        (lambda: fxexpand.explain(exported, torch.randn(1, 2)), "explain: expected no example inputs"),
         (lambda: fxexpand.verify(exported, exported, torch.randn(1, 2)), "Pass the model that was exported"),
     ):
         with pytest.raises(fxexpand.FxExpandError, match=message):
