@@ -38,7 +38,7 @@ def read_call(node: fx.Node) -> Call | None:
 def read_constant(node: fx.Node) -> Call | None:
     """The same for ``node`` that is computed from parameters and buffers alone: only its value is asked for."""
     if node.target in _CONSTANT_FUNCTIONS:
-        return Call("call_function", _CONSTANT_FUNCTIONS[node.target], node.args)
+        return Call("call_function", _CONSTANT_FUNCTIONS[node.target], node.args, dict(node.kwargs))
     if node.target in _COPIES:
         return Call("call_method", "clone", node.args[:1])
     if node.target is aten.expand.default:

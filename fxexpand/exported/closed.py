@@ -23,6 +23,7 @@ from fxexpand.exported.copying import own_values
 from fxexpand.exported.layers import Emitter, mode_of
 from fxexpand.exported.merged import MergedLayer, merged_layers
 from fxexpand.exported.opened import Opened
+from fxexpand.regions.constants import memory_of
 
 
 def close_program(opened: Opened) -> ExportedProgram:
@@ -61,15 +62,19 @@ def close_program(opened: Opened) -> ExportedProgram:
 def _kept_and_gone(opened: Opened) -> tuple[set[str], set[str]]:
     """The names of the inputs of the old graph that stay, and those of the state that goes.
 
-    What nothing used before goes with what stood beside it: the count of batches of a batch norm, say.
+    What nothing used before goes with what stood beside it, the count of batches of a batch norm, say; and with what it
+    is another name of.
     """
     here = {opened.originals[node].name for node in opened.work.graph.nodes if node in opened.originals}
     program = opened.program
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
     used = {targets[node.name] for node in program.graph.nodes if node.users and node.name in targets}
     gone = {target for name, target in targets.items() if name not in here}
+    state = {**program.state_dict, **program.constants}
+    unused = state.keys() - used
+    memory = {part for target in gone for part in memory_of(state.get(target))}
+    gone |= {target for target in unused if not memory.isdisjoint(memory_of(state[target]))}
     owners = {target.rpartition(".")[0] for target in gone if "." in target}
-    unused = {*program.state_dict, *program.constants} - used
     gone |= {target for target in unused if target.rpartition(".")[0] in owners}
     return {name for name in here if targets.get(name) not in gone}, gone
 

@@ -22,8 +22,10 @@ PASS_INPUTS = "pass example inputs, from which it is known"
 
 def shaped(signal: Signal) -> tuple[int, int] | Refusal:
     """(dims, channels) of a signal, where they are known."""
-    if signal.dims is None or signal.channels is None:
+    if signal.dims is None:
         return Refusal("no convolution or linear layer beside it tells its channels")
+    if signal.channels is None:
+        return Refusal(f"nothing beside it tells how many channels it has; {PASS_INPUTS}")
     if CONFLICT in (signal.dims, signal.channels):
         return Refusal("what reads the same value disagrees on which axis the channels are")
     if signal.channels < 1:
@@ -116,7 +118,7 @@ def scale_and_shift(source: fx.Node, scale: Any, shift: Any) -> Unary:
             return Refusal("its constant holds infinity or NaN: what that gives depends on the order of operations")
         return Affine(depthwise(factors, None if _is_number(shift, 0) else terms, dims))
 
-    promotes = any(isinstance(value, (float, Tensor)) for value in (scale, shift))
+    promotes = any(v.is_floating_point() if isinstance(v, Tensor) else isinstance(v, float) for v in (scale, shift))
     if _is_number(scale, 1) and _is_number(shift, 0):
         return Unary(source, lambda _: None, promotes=promotes)
     # A tensor without axes takes the dtype of the signal, as a number does.

@@ -16,7 +16,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import FxExpandError
 from fxexpand.regions.calls import Calls
 from fxexpand.regions.constants import Constants
-from fxexpand.regions.dtypes import whole_numbers
+from fxexpand.regions.dtypes import dtypes_of
 from fxexpand.regions.effects import Effects
 from fxexpand.regions.layers import lift_as, lift_module
 from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
@@ -58,7 +58,7 @@ class Reading:
 
     ``parts`` has an entry for each node that is linear, or would be but for a reason. ``exact`` are the maps of layers
     of which more is known than their weights say, by the id of the layer. ``reach`` is what other code comes by.
-    ``whole_numbers`` are the nodes that may give integers.
+    ``dtypes`` are those of all values, as far as they are known.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Reading:
         self._maps: dict[fx.Node, Affine | Refusal | None] = {}
         self._sketches: dict[fx.Node, Affine | Refusal | None] = {}
         self._sizes: dict[fx.Node, Ints] = {}
-        self.whole_numbers = whole_numbers(self)
+        self.dtypes = dtypes_of(self)
 
     def part(self, node: fx.Node) -> Unary | Join | None:
         """What ``node`` does, if it is linear."""

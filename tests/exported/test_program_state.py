@@ -224,3 +224,35 @@ def test_what_does_not_fit_a_program_is_said() -> None:
         fake = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),))
     with pytest.raises(fxexpand.FxExpandError, match="Export a model that has them"):
         fxexpand.fuse(fake)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_second_names_of_what_goes_go_too(strict: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.alias = nn.Sequential(self.conv, self.norm)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.conv(x))
+            return y
+
+    found = fused(export(Twice().eval(), torch.randn(1, 3, 4, 4), strict=strict), rtol=1e-5)
+    assert len(found.state_dict) == 2
+    assert sorted(found.graph_signature.parameters) == sorted(found.state_dict)
+
+
+def test_constants_of_integers_that_a_dtype_makes_floating() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("numbers", torch.ones(4, 3, dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x) * self.numbers.mean(1, dtype=torch.float32).view(4, 1, 1)
+            return y
+
+    for core in (False, True):
+        fused(export(Mean().eval(), torch.randn(2, 3, 8, 8), core=core), rtol=1e-5)
