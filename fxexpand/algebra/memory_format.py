@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 
 
 def common_format(weights: Iterable[Tensor]) -> torch.memory_format:
-    """The format of what is made of ``weights``: channels last where one of them is, as their output would be."""
+    """Channels last where one of ``weights`` is: they stand for one layer, and were laid out together."""
     for weight in weights:
         found = memory_format_of(weight)
         if found is not torch.contiguous_format:
@@ -35,10 +36,38 @@ def common_format(weights: Iterable[Tensor]) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def like_the_layers(weight: Tensor, weights: Iterable[Tensor]) -> Tensor:
-    """``weight``, composed of ``weights``, in their format, so that its output has that of theirs."""
-    wanted = common_format(weights) if weight.dim() in _CHANNELS_LAST else torch.contiguous_format
-    if wanted is torch.contiguous_format or memory_format_of(weight) is wanted:
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """A step of a linear region, as far as it tells the format of its output for a contiguous input of the region.
+
+    ``sources`` are the steps it reads, counted from 1, and 0 for what the region reads; ``weight`` is a convolution's.
+    """
+
+    sources: tuple[int, ...]
+    weight: Tensor | None = None
+    concatenates: bool = False
+
+
+def format_after(steps: Sequence[Laid]) -> torch.memory_format:
+    """The format of what the last of ``steps`` gives, as torch runs them one by one.
+
+    A convolution gives channels last where its input or its weight is; a sum has the format of its first branch, a
+    concatenation that of all, if they agree. (On a CPU a pointwise one of three dimensions is an exception, or is none,
+    by the number of threads and images.)
+    """
+    formats = [torch.contiguous_format]
+    for step in steps:
+        before = [formats[source] for source in step.sources]
+        found = before[0] if not step.concatenates or len(set(before)) == 1 else torch.contiguous_format
+        if step.weight is not None and found is torch.contiguous_format:
+            found = memory_format_of(step.weight)
+        formats.append(found)
+    return formats[-1]
+
+
+def in_format(weight: Tensor, wanted: torch.memory_format) -> Tensor:
+    """``weight`` in the format ``wanted``, where that is channels last and it has the axes for it."""
+    if wanted is not _CHANNELS_LAST.get(weight.dim()) or memory_format_of(weight) is wanted:
         return weight
     if torch._C._are_functorch_transforms_active():  # a weight of several models at once has an axis more
         return weight

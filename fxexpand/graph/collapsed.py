@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxexpand.algebra.composition import exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
-from fxexpand.algebra.memory_format import like_the_layers
+from fxexpand.algebra.memory_format import common_format, in_format
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step
 from fxexpand.graph.assembly import Assembly, Path, at
@@ -69,7 +69,7 @@ class Collapsed(Expanded):
             return self._in_turn(input)
         if self._memory.wanted and not is_followed():
             self._memory.keep(kernel.weight, self._sources())
-        weight = like_the_layers(kernel.weight, self._weights())
+        weight = in_format(kernel.weight, common_format(self._weights()))
         return self._assembly.like.apply_with(input, weight, kernel.bias)
 
     def weight_of_step(self) -> Tensor | Refusal:

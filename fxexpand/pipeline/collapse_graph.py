@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from fxexpand.algebra.composition import exact_products
-from fxexpand.algebra.memory_format import like_the_layers
+from fxexpand.algebra.memory_format import in_format, memory_format_of
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
 from fxexpand.pipeline.lifted import LiftedWeights, noted
@@ -48,7 +48,7 @@ def _edit(lifted: LiftedWeights, plan: LivePlan, *, cast: bool) -> Edit | None:
         return None
     held = [getattr(lifted.view, path) for path in region.record.paths]
     composing = _traced(region, held, device)
-    if composing is None:
+    if composing is None or not _keeps_the_memory_format(lifted, plan, held, device):
         return None
 
     def emit(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
@@ -91,6 +91,19 @@ def _gives_what_a_layer_gives(lifted: LiftedWeights, plan: LivePlan) -> bool:
     return layers == {dtypes.get(plan.nodes[-1])}
 
 
+def _keeps_the_memory_format(lifted: LiftedWeights, plan: LivePlan, held: list[Tensor], device: torch.device) -> bool:
+    """Whether the output of one layer is laid out as the last one's is: who reads it may take a view of it."""
+    layouts = [lifted.layout_of(node) for node in (plan.merge.stretch.source, plan.nodes[-1])]
+    like, wanted = plan.region.like, plan.region.memory_format(held)
+    kind: Any = {"dtype": held[0].dtype, "device": device}  # both decide which format an operation gives
+    with exact_products(device.type), torch._subclasses.FakeTensorMode(), torch.no_grad():
+        given = [torch.empty_strided(*layout, **kind) for layout in layouts if layout is not None]
+        if len(given) < len(layouts):
+            return False
+        weight = in_format(torch.empty(like.kernel.weight.shape, **kind), wanted)
+        return memory_format_of(like.apply_with(given[0], weight, None)) is memory_format_of(given[1])
+
+
 def _device(lifted: LiftedWeights, region: LiveRegion) -> torch.device | None:
     """Where the weights of the region are; None where they are at several places, or are no inputs."""
     if not all(path in lifted.names for path in region.record.paths):
@@ -109,7 +122,7 @@ def _traced(region: LiveRegion, held: list[Tensor], device: torch.device) -> fx.
         numbers = region.composed(weights)
         if isinstance(numbers, Refusal):
             return None, None
-        return like_the_layers(numbers[0], weights), numbers[1]
+        return in_format(numbers[0], region.memory_format(weights)), numbers[1]
 
     if region.has_fixed_numbers:
         return None

@@ -68,6 +68,12 @@ class LiftedWeights:
         assert isinstance(value, Tensor), "only tensors are weights"
         return value.device
 
+    def layout_of(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(shape, strides) of the value of a node of ``view``, where they are known."""
+        value = noted(node)
+        strides = _hints(value.stride()) if isinstance(value, Tensor) else None
+        return None if strides is None or node not in self.shapes else (self.shapes[node], strides)
+
     def lowered(self) -> fx.GraphModule:
         """``gm`` with the graph of ``view``, its inputs as they were."""
         graph = fx.Graph()

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.compose import Blocks
-from fxexpand.algebra.memory_format import memory_format_of
+from fxexpand.algebra.memory_format import Laid, format_after
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.rewrite import Edit, FunctionStep, ModuleStep, rewrite
 from fxexpand.regions.build import Flags, layer_of
 from fxexpand.regions.naming import Places
-from fxexpand.regions.parts import Unary
+from fxexpand.regions.parts import Join, Unary
 from fxexpand.regions.plan import Merge
 from fxexpand.regions.reading import Reading
 from fxexpand.regions.region import map_of_parts, scaled_layer
@@ -173,12 +173,26 @@ def _flags(reading: Reading, merge: Merge, main: fx.Node) -> Flags:
     module = reading.effects.modules[main] if main.op == "call_module" else reading.gm
     return Flags(
         dtype=weight.dtype,
-        memory_format=memory_format_of(weight),
+        memory_format=_memory_format(reading, merge),
         requires_grad=any(
             tensor.requires_grad for node in merge.stretch.nodes for tensor in _parameters(reading, node)
         ),
         training=module.training,
     )
+
+
+def _memory_format(reading: Reading, merge: Merge) -> torch.memory_format:
+    """That of what the nodes of a merge give in turn."""
+    positions = {merge.stretch.source: 0}
+    laid: list[Laid] = []
+    for node in merge.stretch.nodes:
+        part = reading.part(node)
+        assert part is not None
+        weight = part.tensors[0] if isinstance(part, Unary) and part.computes else None
+        joins = isinstance(part, Join) and part.factors is None
+        laid.append(Laid(tuple(positions[source] for source in part.sources), weight, joins))
+        positions[node] = len(laid)
+    return format_after(laid)
 
 
 def _parameters(reading: Reading, node: fx.Node) -> Iterator[Tensor]:

@@ -46,9 +46,13 @@ class Layer:
     like: Affine
     module: int
 
+    def weight(self, held: Held) -> Tensor:
+        """As the layer has it."""
+        weight: Tensor = held[self.module].weight
+        return weight
+
     def map(self, held: Held) -> Affine:
-        module = held[self.module]
-        weight: Tensor = module.weight
+        module, weight = held[self.module], self.weight(held)
         if self.like.transposed is not None:
             weight = swapped(weight, self.like.kernel.groups)
         return self.like.over(weight, module.bias)
@@ -59,12 +63,17 @@ class Called:
     """A call with a weight, and perhaps a bias; ``turned``: ``x @ w``, in which a linear layer's is transposed."""
 
     like: Affine
-    weight: int
+    at: int
     bias: int | None
     turned: bool
 
+    def weight(self, held: Held) -> Tensor:
+        """As the call has it."""
+        weight: Tensor = held[self.at]
+        return weight
+
     def map(self, held: Held) -> Affine:
-        weight: Tensor = held[self.weight]
+        weight = self.weight(held)
         bias = None if self.bias is None else held[self.bias]
         return self.like.over(weight.t() if self.turned else weight, bias)
 

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
 from fxexpand.algebra.composition import Composition, composed, exact_products
-from fxexpand.algebra.memory_format import like_the_layers
+from fxexpand.algebra.memory_format import Laid, common_format, format_after, in_format
 from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
-from fxexpand.regions.live import Constant, LiveStep, map_of_steps
+from fxexpand.regions.live import Called, Constant, Layer, LiveStep, map_of_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class LiveRegion(nn.Module):
         if isinstance(numbers, Refusal):
             return self._in_turn(input, held)
         weight, bias = numbers
-        return self._recipe.like.apply_with(input, like_the_layers(weight, _weights(held)), bias)
+        return self._recipe.like.apply_with(input, in_format(weight, self.memory_format(held)), bias)
 
     def _in_turn(self, x: Tensor, held: Sequence[Any]) -> Tensor:
         found: Tensor = self._record.run(x, held)
@@ -97,6 +98,20 @@ class LiveRegion(nn.Module):
             return False
         return all(expected.matches(module) for expected, module in pairs if isinstance(expected, Fingerprint))
 
+    def memory_format(self, held: Sequence[Any]) -> torch.memory_format:
+        """That of what the layers give in turn, of a contiguous input."""
+        weights = [x if isinstance(x, Tensor) else x._parameters.get("weight") for x in held]
+        if common_format(weight for weight in weights if weight is not None) is torch.contiguous_format:
+            return torch.contiguous_format
+        laid: list[Laid] = []
+        for steps in self._recipe.parts:
+            start = len(laid)  # the last step of the part before, which is what this part reads
+            for step in steps:
+                weight = step.live.weight(held) if isinstance(step.live, (Layer, Called)) else None
+                sources = tuple(start + source for source in step.sources)
+                laid.append(Laid(sources, weight, step.live is None and step.factors is None))
+        return format_after(laid)
+
     def composed(self, held: Sequence[Any]) -> tuple[Tensor, Tensor | None] | Refusal:
         """(weight, bias) of the one layer."""
         maps: list[Affine] = []
@@ -109,8 +124,3 @@ class LiveRegion(nn.Module):
         if len({kernel.weight.dtype for kernel in kernels}) > 1:
             return Refusal("its layers have several dtypes")
         return composed(self._recipe.order, self._recipe.composition, kernels)
-
-
-def _weights(held: Sequence[Any]) -> list[Tensor]:
-    found = [x if isinstance(x, Tensor) else x._parameters.get("weight") for x in held]
-    return [weight for weight in found if weight is not None]

@@ -248,7 +248,7 @@ def test_constants_of_integers_that_a_dtype_makes_floating() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
-            self.register_buffer("numbers", torch.ones(4, 3, dtype=torch.long))
+            self.numbers = nn.Buffer(torch.ones(4, 3, dtype=torch.long))
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.conv(x) * self.numbers.mean(1, dtype=torch.float32).view(4, 1, 1)

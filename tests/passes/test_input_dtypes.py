@@ -104,7 +104,8 @@ class Middle(nn.Module):
 
 def counted(m: Any, y: Tensor) -> Tensor:
     m.count.add_(1)
-    return y + m.second(m.count * 0.5)
+    shift: Tensor = m.second(m.count * 0.5)
+    return y + shift
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_a_tensor_that_widens_what_a_layer_gives(operate: Any, narrow: torch.dty
     [
         lambda y: y,
         lambda y: y.relu(),
-        lambda y: torch.nn.functional.gelu(y),
+        torch.nn.functional.gelu,
         lambda y: torch.nn.functional.max_pool2d(y, 2).flip(-1),
         lambda y: y * y.sigmoid(),
         lambda y: torch.cat([y.tanh(), y.exp()], 1).chunk(2, 1)[0],

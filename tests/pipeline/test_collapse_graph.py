@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fxexpand import CL, FC, expand
 from fxexpand.pipeline.collapse_graph import collapse_graph
 
-LAYERS = (torch.conv2d, F.linear, F.batch_norm)
+LAYERS = (torch.conv2d, torch.conv3d, F.linear, F.batch_norm)
 
 
 class Block(nn.Module):
@@ -427,14 +428,17 @@ def test_dtypes_under_autocast(run: Callable[[Any, Tensor], Tensor]) -> None:
     [
         (nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 3)),
         (nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)),
+        (nn.Conv3d(8, 16, 1), nn.Conv3d(16, 8, 3)),
+        (nn.Conv3d(8, 16, 3), nn.Conv3d(16, 8, 1)),
     ],
-    ids=["3x3", "1x1"],
+    ids=["3x3", "1x1", "3d", "3d-pointwise-last"],
 )
 def test_weights_in_channels_last_give_such_an_output(pair: tuple[nn.Module, nn.Module], layers: slice) -> None:
     """Who reads the output may rely on its strides: a view of it, say."""
-    model = nn.Sequential(*pair).double().to(memory_format=torch.contiguous_format)
-    model[layers].to(memory_format=torch.channels_last)
-    x = images()
+    solid = isinstance(pair[0], nn.Conv3d)
+    model: Any = nn.Sequential(*copy.deepcopy(pair)).double()
+    model[layers].to(memory_format=torch.channels_last_3d if solid else torch.channels_last)
+    x = torch.randn(4, 8, 12, 12, 12, dtype=torch.float64) if solid else images()
     found, compiled = captured(model, x)
     assert found.layers() == (2, 1)
     assert compiled(x).stride() == model(x).stride()
