@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -72,11 +72,18 @@ def _kept_and_gone(opened: Opened) -> tuple[set[str], set[str]]:
     gone = {target for name, target in targets.items() if name not in here}
     state = {**program.state_dict, **program.constants}
     unused = state.keys() - used
-    memory = {part for target in gone for part in memory_of(state.get(target))}
-    gone |= {target for target in unused if not memory.isdisjoint(memory_of(state[target]))}
+    places = {_place(state.get(target)) for target in gone} - {()}
+    gone |= {target for target in unused if _place(state[target]) in places}
     owners = {target.rpartition(".")[0] for target in gone if "." in target}
     gone |= {target for target in unused if target.rpartition(".")[0] in owners}
     return {name for name in here if targets.get(name) not in gone}, gone
+
+
+def _place(value: object) -> tuple[object, ...]:
+    """What is equal for two names of one tensor, also for views of the same numbers; nothing for what is no tensor."""
+    if not isinstance(value, Tensor) or not memory_of(value):
+        return ()
+    return (*memory_of(value), value.storage_offset(), value.shape, value.stride())
 
 
 class _Rebuilt:
