@@ -40,34 +40,11 @@ _CASTS = {
 # What gives tensors of the dtype of its first argument.
 _KEEPS = {
     *("relu", "relu_", "relu6", "gelu", "silu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "softplus"),
-    *(
-        "dropout",
-        "layer_norm",
-        "group_norm",
-        "instance_norm",
-        "interpolate",
-        "normalize",
-        "pad",
-        "clamp",
-        "abs",
-        "mean",
-    ),
-    *(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in ("max", "adaptive_avg", "adaptive_max", "avg")),
-    *(
-        "flatten",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "movedim",
-        "t",
-        "contiguous",
-        "clone",
-        "detach",
-    ),
-    *("squeeze", "unsqueeze", "expand", "repeat", "roll", "flip", "chunk", "split", "unbind", "getitem", "zeros_like"),
-    *("ones_like", "to", "batch_norm"),
+    *("dropout", "batch_norm", "layer_norm", "group_norm", "instance_norm", "interpolate", "normalize", "pad"),
+    *(f"{kind}_pool{d}d" for d in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg", "adaptive_max")),
+    *("clamp", "abs", "mean", "zeros_like", "ones_like", "to", "contiguous", "clone", "detach"),
+    *("flatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "t", "squeeze", "unsqueeze"),
+    *("expand", "repeat", "roll", "flip", "chunk", "split", "unbind", "getitem"),
 }
 # What gives floating tensors of floating ones and of integers alike.
 _FLOATS = {"sigmoid", "tanh", "exp", "sqrt", "rsqrt", "softmax", "log_softmax", "log", "erf", "sin", "cos"}
