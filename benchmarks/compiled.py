@@ -17,7 +17,6 @@ import argparse
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from benchmarks.rewrite_time import machine
+from benchmarks.rewrite_time import machine, seconds
 from fxexpand import CL, expand
 from fxexpand.demo.smallnet import SmallNet
 
@@ -119,7 +118,7 @@ def measure(setting: Setting, task: Callable[..., Any], rounds: int, device: str
     for counted in range(-3, rounds):
         for backend, step in steps.items():
             step()  # not counted: what ran before has left other data in the caches
-            spent = _seconds(step, device)
+            spent = seconds(step, device)
             if counted >= 0:
                 times[backend].append(spent)
     return [_row(setting, task, backend, times, code[backend]) for backend in BACKENDS]
@@ -138,16 +137,6 @@ def _row(setting: Setting, task: Any, backend: str, times: dict[str, list[float]
         "convolutions": len(_CONVOLUTION.findall(code)),
         "products": len(_PRODUCT.findall(code)),
     }
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -64,10 +64,13 @@ def groups(model: nn.Module) -> list[dict[str, Callable[[], object]]]:
     return [{"baseline": lambda: baseline(model), **group} for group in (fusing, others)]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
+def seconds(call: Callable[[], object], device: str = "cpu") -> float:
+    """Wall time of one call, with all that it starts on ``device``."""
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - start
 
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fxexpand
-from benchmarks.rewrite_time import machine
+from benchmarks.rewrite_time import machine, seconds
 from fxexpand import CK, CL, FC, Rule, layer
 from fxexpand.demo.smallnet import SmallNet
 from fxexpand.graph.collapsed import Collapsed
@@ -110,7 +109,7 @@ def measure(setting: Setting, rounds: int, device: str, *, compiled: bool) -> li
     for counted in range(-3, rounds):
         for name, step in steps.items():
             step()  # not counted: what ran before has left other data in the caches
-            spent = _seconds(step, device)
+            spent = seconds(step, device)
             if counted >= 0:
                 times[name].append(spent)
     memory = {name: peak_memory(setting, name, device) for name in models if "compiled" not in name}
@@ -159,12 +158,12 @@ def _row(
     against = "compact, compiled" if "compiled" in name else "compact"
     ratios = [spent / base for spent, base in zip(times[name], times[against], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
-    seconds = statistics.median(times[name])
+    median = statistics.median(times[name])
     return {
         "network": setting.name,
         "form": name,
-        "milliseconds": 1000 * seconds,
-        "images per second": setting.shape[0] / seconds,
+        "milliseconds": 1000 * median,
+        "images per second": setting.shape[0] / median,
         "ratio": statistics.median(ratios),
         "quartiles": [quartiles[0], quartiles[2]],
         "peak MiB": memory.get(name),
@@ -207,16 +206,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(axis="x", alpha=0.25)
     figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=len(names))
     figure.savefig(path)
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _short(rule: Rule | Strategy) -> str:

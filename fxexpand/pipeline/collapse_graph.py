@@ -124,9 +124,9 @@ def _traced(region: LiveRegion, held: list[Tensor], device: torch.device) -> fx.
             return None, None
         return in_format(numbers[0], region.memory_format(weights)), numbers[1]
 
-    if region.has_fixed_numbers:
-        return None
-    with exact_products(device.type), torch._subclasses.FakeTensorMode(), torch.no_grad():
+    # Numbers that are no weights are tensors of ours: the graph would hold them, and is then not used.
+    fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with exact_products(device.type), fake, torch.no_grad():
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in held]
         found: fx.GraphModule = make_fx(compose, pre_dispatch=True)(*fakes)
     output = next(node for node in found.graph.nodes if node.op == "output")

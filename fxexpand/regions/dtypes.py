@@ -18,7 +18,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.expanded import StandIn
 from fxexpand.graph.layers import BATCH_NORMS, is_layer
 from fxexpand.regions.maps import PASS_INPUTS
-from fxexpand.regions.parts import Join, Unary
+from fxexpand.regions.parts import Join, Part, Unary
 
 if TYPE_CHECKING:
     from fxexpand.regions.reading import Reading
@@ -65,12 +65,23 @@ def promotion(reading: Reading, source: fx.Node, nodes: Sequence[fx.Node], wante
 
     Where one of the layers reads ``source`` itself, it is as wanted, or autocast makes it so.
     """
+    parts = [reading.part(node) for node in nodes]
+    if not any(isinstance(part, Unary) and part.promotes for part in parts):
+        return None
     known = reading.dtypes.get(source)
     if known == wanted:
         return None
+    first = _first_promoting(source, list(zip(nodes, parts, strict=True)), known)
+    if first is None:
+        return None
+    if isinstance(known, torch.dtype):
+        return Refusal(f"{first.name} makes {wanted} of {source.name}, which is {known}")
+    return Refusal(f"{first.name} may give {wanted} where {source.name} is of another dtype; {PASS_INPUTS}")
+
+
+def _first_promoting(source: fx.Node, nodes: Sequence[tuple[fx.Node, Part | None]], known: Known) -> fx.Node | None:
     as_it_is, first = {source}, None
-    for node in nodes:
-        part = reading.part(node)
+    for node, part in nodes:
         if part is None or as_it_is.isdisjoint(part.sources):
             continue
         if isinstance(part, Join):
@@ -79,14 +90,10 @@ def promotion(reading: Reading, source: fx.Node, nodes: Sequence[fx.Node], wante
         elif part.promotes and (part.broadcasts or not _floats(known)):
             first = first or node
         elif part.tensors and not part.broadcasts:
-            return None
+            return None  # a layer that reads it as it is
         else:
             as_it_is.add(node)
-    if first is None:
-        return None
-    if isinstance(known, torch.dtype):
-        return Refusal(f"{first.name} makes {wanted} of {source.name}, which is {known}")
-    return Refusal(f"{first.name} may give {wanted} where {source.name} is of another dtype; {PASS_INPUTS}")
+    return first
 
 
 def _floats(known: Known) -> bool:

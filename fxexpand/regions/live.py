@@ -127,11 +127,6 @@ class Constant:
         fills = [None if t is None else float(t.flatten()[0]) for t in numbers] if uniform else []
         return Constant(affine, beside, (fills[0], fills[1]) if fills and fills[0] is not None else None)
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether its numbers are a tensor of ours, and not made anew."""
-        return self.affine is not None and self.fills is None
-
     def map(self, held: Held) -> Affine | None:
         beside = self.beside.map(held).kernel.weight
         if self.affine is None:

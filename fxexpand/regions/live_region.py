@@ -16,7 +16,7 @@ from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.record import Record
-from fxexpand.regions.live import Called, Constant, Layer, LiveStep, map_of_steps
+from fxexpand.regions.live import Called, Layer, LiveStep, map_of_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +62,6 @@ class LiveRegion(nn.Module):
     def rank(self) -> int | None:
         """The number of axes that its input has to have, where that matters."""
         return self._recipe.rank
-
-    @property
-    def has_fixed_numbers(self) -> bool:
-        """Whether what is composed are not the numbers of its layers alone: a selection of channels, say."""
-        maps = [step.live for steps in self._recipe.parts for step in steps]
-        return any(isinstance(live, Constant) and live.is_fixed for live in maps)
 
     @property
     def record(self) -> Record:

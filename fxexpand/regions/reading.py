@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import FxExpandError
 from fxexpand.regions.calls import Calls
 from fxexpand.regions.constants import Constants
-from fxexpand.regions.dtypes import dtypes_of
+from fxexpand.regions.dtypes import Known, dtypes_of
 from fxexpand.regions.effects import Effects
 from fxexpand.regions.layers import lift_as, lift_module
 from fxexpand.regions.parts import Join, Lifted, Signal, Unary, same_channels
@@ -58,7 +59,6 @@ class Reading:
 
     ``parts`` has an entry for each node that is linear, or would be but for a reason. ``exact`` are the maps of layers
     of which more is known than their weights say, by the id of the layer. ``reach`` is what other code comes by.
-    ``dtypes`` are those of all values, as far as they are known.
     """
 
     def __init__(
@@ -86,7 +86,11 @@ class Reading:
         self._maps: dict[fx.Node, Affine | Refusal | None] = {}
         self._sketches: dict[fx.Node, Affine | Refusal | None] = {}
         self._sizes: dict[fx.Node, Ints] = {}
-        self.dtypes = dtypes_of(self)
+
+    @cached_property
+    def dtypes(self) -> dict[fx.Node, Known]:
+        """Those of all values, as far as they are known; few graphs have a node for which they matter."""
+        return dtypes_of(self)
 
     def part(self, node: fx.Node) -> Unary | Join | None:
         """What ``node`` does, if it is linear."""
