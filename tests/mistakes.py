@@ -16,7 +16,7 @@ MUTANTS = [
     ),
     Mutant("counts the first layer's bias twice", f"{COMPOSE}:_bias", "(first.bias,", "(2 * first.bias,"),
     Mutant("forgets the second layer's bias", f"{COMPOSE}:_bias", "second.bias, second.groups", "None, second.groups"),
-    Mutant("sees the first layer's bias at one tap", "algebra.bias:_over_taps", ".sum(2)", ".mean(2)"),
+    Mutant("sees the first layer's bias at one tap", "algebra.bias:over_taps", ".sum(2)", ".mean(2)"),
     Mutant(
         "gives the bias of one group to another",
         "algebra.bias:bias_after",
@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "transposes the taps of a pointwise chain",
         f"{PRODUCT}:PointwiseFirst.weight",
-        "return product.reshape(",
-        "return product.flip(-1).reshape(",
+        "turned=0).reshape(",
+        "turned=0).flip(-1).reshape(",
     ),
     Mutant("multiplies outer products by the wrong row", f"{PRODUCT}:_matmul", "return a * b", "return a * b.flip(0)"),
     Mutant(
@@ -92,20 +92,20 @@ MUTANTS = [
     Mutant(
         "has the gradient of another group",
         f"{PRODUCT}:PointwiseLast.pull",
-        "_matmul(b.mT, g).reshape(first.shape)",
-        "_matmul(b.mT, g).flip(0).reshape(first.shape)",
+        "before.reshape(self.first)",
+        "before.flip(-2).reshape(self.first)",
     ),
     Mutant(
         "forgets the bias in the gradient of a weight",
-        "algebra.bias:pull_bias",
-        "beside.add_(spread)",
-        "beside",
+        "algebra.composition:_at_each_tap",
+        "after.add_(spread)",
+        "after",
     ),
     Mutant(
         "drops the gradient of a bias in the middle",
-        "algebra.composition:_pulled",
-        "fallen[beside] = _sum(fallen[beside], gradient)",
-        "fallen[beside] = fallen[beside]",
+        "algebra.composition:Composition.pull",
+        "fallen[second] = _sum(fallen[second], gradient)",
+        "fallen[second] = fallen[second]",
     ),
     Mutant("pads behind a bias", f"{COMPOSE}:padding_refusal", "if first.bias is not None:", "if False:"),
     Mutant(

@@ -8,7 +8,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from fxexpand.algebra.bias import bias_after
+from fxexpand.algebra.bias import bias_after, over_taps
 from fxexpand.algebra.kernel import Kernel, with_groups
 from fxexpand.algebra.product import product_of, tap_spacing
 from fxexpand.algebra.refusal import Refusal
@@ -167,4 +167,5 @@ def _weight(first: Kernel, second: Kernel, groups: int) -> Tensor:
 def _bias(first: Kernel, second: Kernel) -> Tensor | None:
     if first.bias is None:
         return second.bias
-    return bias_after(first.bias, second.weight, second.bias, second.groups)
+    total = over_taps(second.weight, tuple(second.weight.shape))
+    return bias_after(first.bias, total, second.bias, second.groups)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fxexpand.algebra.bias import bias_after, pull_bias
+from fxexpand.algebra.bias import bias_after, over_taps, pull_bias
 from fxexpand.algebra.compose import compose
-from fxexpand.algebra.kernel import Kernel
+from fxexpand.algebra.kernel import Ints, Kernel
+from fxexpand.algebra.lines import in_lines
 from fxexpand.algebra.order import Order, compose_in
 from fxexpand.algebra.product import Product, product_of
 from fxexpand.algebra.refusal import Refusal
+
+# The weights and biases by slot, and Σ_u W₂ by step, where a bias comes before W₂.
+Numbers: TypeAlias = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +33,14 @@ class Composition:
     derivatives written out. All transforms of ``torch.func`` go through it, and second derivatives.
 
     A kernel is known by its slot: those of the chain, then the results of the steps. ``sources`` has for each slot the
-    one whose bias it has: another's where a layer without bias comes first, None where there is none. ``given`` and
-    ``made`` are the slots with a bias of their own, of the chain and of the steps.
+    one whose bias it has: another's where a layer without bias comes first, None where there is none. ``given`` are the
+    slots of the layers that have one.
     """
 
     layers: int
     steps: tuple[_Step, ...]
     sources: tuple[int | None, ...]
     given: tuple[int, ...]
-    made: tuple[int, ...]
 
     @staticmethod
     def of(order: Order, chain: Sequence[Kernel]) -> Composition | None:
@@ -47,37 +52,144 @@ class Composition:
         whole = _planned(order, chain, steps)
         return None if whole is None else _laid_out(tuple(steps), [kernel.bias is not None for kernel in chain])
 
-    def fits(self, biases: Sequence[Tensor | None]) -> bool:
-        """Whether the layers that had a bias have one, and no others: with more of them it may not be exact."""
-        return [slot for slot, bias in enumerate(biases) if bias is not None] == list(self.given)
-
     def __call__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the whole, from those of the layers. Raises ``ValueError`` where biases do not fit."""
-        if not self.fits(biases):
+        numbers = self.numbers(weights, biases)
+        if numbers is None:
             raise ValueError(f"expected biases of the layers {self.given}, and no others")
+        return numbers
+
+    def numbers(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The same, or None where biases do not fit: with more of them than planned it may not be exact."""
+        if tuple([slot for slot, bias in enumerate(biases) if bias is not None]) != self.given:
+            return None
         if not self.steps:
             return weights[0], biases[0]
-        function = _Composed if torch._C._are_functorch_transforms_active() else _ComposedAtOnce
-        made = function.apply(self, *weights, *(biases[slot] for slot in self.given))
-        last = self.sources[-1]
-        if last is None or last < self.layers:
-            return made[len(self.steps) - 1], None if last is None else biases[last]
-        return made[len(self.steps) - 1], made[-1]
+        if torch._C._are_functorch_transforms_active():
+            made = _Composed.apply(self, *weights, *biases)
+            weight, bias = made[len(self.steps) - 1], made[-1]
+        else:
+            weight, bias = _ComposedAtOnce.apply(self, *weights, *biases)
+        source = self.sources[-1]
+        if source is None or source >= self.layers:
+            return weight, None if source is None else bias
+        return weight, biases[source]
 
-    def inputs(self, tensors: Sequence[Tensor | None]) -> tuple[list[Any], dict[int | None, Any]]:
-        """The weights by slot and the biases by the slot that owns them, from those of the chain."""
-        return list(tensors[: self.layers]), dict(zip(self.given, tensors[self.layers :], strict=True))
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the whole has a bias that is none of the layers'."""
+        source = self.sources[-1]
+        return source is not None and source >= self.layers
 
-    def everything(self, tensors: Sequence[Tensor | None]) -> tuple[list[Any], dict[int | None, Any]]:
-        """The same for those of the chain and, after them, of the steps."""
-        inputs = self.layers + len(self.given)
-        weights, biases = self.inputs(tensors[:inputs])
-        weights += tensors[inputs : inputs + len(self.steps)]
-        return weights, biases | dict(zip(self.made, tensors[inputs + len(self.steps) :], strict=True))
+    @property
+    def made(self) -> tuple[int, ...]:
+        """The slots of steps with a bias of their own."""
+        return tuple(slot for slot in range(self.layers, len(self.sources)) if self.sources[slot] == slot)
 
-    def results(self, weights: list[Any], biases: dict[int | None, Any]) -> tuple[Any, ...]:
-        """The weights and biases of the steps."""
-        return (*weights[self.layers :], *(biases[slot] for slot in self.made))
+    @cached_property
+    def forward_lines(self) -> Callable[..., list[Any]]:
+        """(*weights, *biases) of the layers -> (weight, bias, *between): of the whole, and what ``backward_lines``
+        needs besides. The bias is None where it is not the whole's own.
+        """
+
+        def forward(*tensors: Any) -> list[Any]:
+            weights, biases, totals = self.anew(tensors)
+            own = biases[-1] if self.has_own_bias else None
+            return [weights[-1], own, *weights[self.layers : -1], *biases[self.layers : -1], *totals]
+
+        return in_lines(forward, 2 * self.layers)
+
+    @cached_property
+    def backward_lines(self) -> Callable[..., list[Any]]:
+        """(*weights, *biases, *between, weight's gradient, bias's gradient) -> the gradients of the first two."""
+        n, inner = self.layers, len(self.steps) - 1
+
+        def backward(*tensors: Any) -> list[Any]:
+            *saved, gradient, bias_gradient = tensors
+            weights = [*saved[:n], *saved[2 * n : 2 * n + inner]]
+            biases = self._present([*saved[n : 2 * n], *saved[2 * n + inner : 2 * n + 2 * inner]])
+            totals = saved[2 * n + 2 * inner :]
+            present = [
+                None if biases[step.first] is None else total for step, total in zip(self.steps, totals, strict=True)
+            ]
+            return self.pulled((weights, biases, present), gradient, bias_gradient if self.has_own_bias else None)
+
+        return in_lines(backward, 2 * n + 2 * inner + len(self.steps) + 2)
+
+    def __getstate__(self) -> dict[str, Any]:  # without the lines, which are made again
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def anew(self, tensors: Sequence[Any]) -> Numbers:
+        """The numbers of all slots, from (*weights, *biases) of the layers."""
+        weights, biases = list(tensors[: self.layers]), self._present(tensors[self.layers :])
+        return weights, biases, self.run(weights, biases)
+
+    def pulled(self, numbers: Numbers, weight: Tensor | None, bias: Tensor | None) -> list[Any]:
+        """The gradients of (*weights, *biases) of the layers, from those of the whole."""
+        inner = self.layers + len(self.steps) - 1
+        pulled, fallen = [*(None,) * inner, weight], [*(None,) * inner, bias]
+        self.pull(numbers, pulled, fallen)
+        return [*pulled[: self.layers], *fallen[: self.layers]]
+
+    def _present(self, biases: Sequence[Any]) -> list[Any]:
+        """``biases`` by slot, with None where there is none."""
+        return [None if source is None else bias for bias, source in zip(biases, self.sources, strict=False)]
+
+    def run(self, weights: list[Any], biases: list[Any]) -> list[Tensor | None]:
+        """Adds the results of the steps to the ``weights`` and ``biases`` of the layers.
+
+        Gives for each step Σ_u W₂, or None where no bias comes before W₂.
+        """
+        totals: list[Tensor | None] = []
+        for step in self.steps:
+            second, first_bias, second_bias = weights[step.second], biases[step.first], biases[step.second]
+            weights.append(step.product.weight(weights[step.first], second))
+            total = None if first_bias is None else over_taps(second, step.shape)
+            biases.append(second_bias if total is None else bias_after(first_bias, total, second_bias, step.groups))
+            totals.append(total)
+        return totals
+
+    def pull(self, numbers: Numbers, pulled: list[Any], fallen: list[Any]) -> None:
+        """Adds to the gradients of the layers' weights, ``pulled``, and biases, ``fallen``, what the results' give.
+
+        One entry a slot in each, None where there is no gradient.
+        """
+        weights, biases, totals = numbers
+        for slot in range(len(pulled) - 1, self.layers - 1, -1):
+            step = self.steps[slot - self.layers]
+            first, second, after = step.first, step.second, None
+            if pulled[slot] is not None:
+                before, after = step.product.pull(weights[first], weights[second], pulled[slot])
+                pulled[first] = _sum(pulled[first], before)
+            gradient, total = fallen[slot], totals[slot - self.layers]
+            if gradient is not None:
+                if total is not None:
+                    before, tap = pull_bias(biases[first], total, gradient, step.groups)
+                    fallen[first] = _sum(fallen[first], before)
+                    after = _at_each_tap(after, tap, step.shape)
+                if biases[second] is not None:
+                    fallen[second] = _sum(fallen[second], gradient)
+            pulled[second] = _sum(pulled[second], after)
+
+    def push(self, numbers: Numbers, moved: list[Any], risen: list[Any]) -> None:
+        """Adds the tangents of the results to those of the layers' weights, ``moved``, and biases, ``risen``."""
+        weights, biases, totals = numbers
+        for step, total in zip(self.steps, totals, strict=True):
+            first, second = weights[step.first], weights[step.second]
+            d_first, d_second, d_beside = moved[step.first], moved[step.second], risen[step.second]
+            by_first = None if d_first is None else step.product.weight(d_first, second)
+            moved.append(_sum(by_first, None if d_second is None else step.product.weight(first, d_second)))
+            if total is None:
+                risen.append(d_beside)
+                continue
+            through = None
+            if d_second is not None:
+                through = bias_after(biases[step.first], over_taps(d_second, step.shape), None, step.groups)
+            if risen[step.first] is not None:
+                through = _sum(through, bias_after(risen[step.first], total, None, step.groups))
+            risen.append(_sum(through, d_beside))
 
 
 def _laid_out(steps: tuple[_Step, ...], biased: Sequence[bool]) -> Composition:
@@ -86,8 +198,7 @@ def _laid_out(steps: tuple[_Step, ...], biased: Sequence[bool]) -> Composition:
     given = tuple(slot for slot in sources if slot is not None)
     for step in steps:
         sources.append(sources[step.second] if sources[step.first] is None else len(sources))
-    made = tuple(slot for slot in range(len(biased), len(sources)) if sources[slot] == slot)
-    return Composition(len(biased), steps, tuple(sources), given, made)
+    return Composition(len(biased), steps, tuple(sources), given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,25 +208,24 @@ class _Step:
     first: int
     second: int
     product: Product
-    groups: int  # of the second
+    groups: int  # of the second, as is
+    shape: Ints  # of its weight
 
 
 class _Composed(torch.autograd.Function):
-    """The composition of a chain; its intermediate results are results too, so that second derivatives see them."""
+    """The composition of a chain, for transforms of ``torch.func``.
+
+    Its intermediate results are results too, so that second derivatives see them: the weights of the steps, then the
+    biases that are their own.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(how: Composition, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights, biases = how.inputs(tensors)
-        for step in how.steps:
-            slot, second = len(weights), weights[step.second]
-            weights.append(step.product.weight(weights[step.first], second))
-            if how.sources[slot] == slot:
-                biases[slot] = bias_after(
-                    biases[how.sources[step.first]], second, biases.get(how.sources[step.second]), step.groups
-                )
-        return how.results(weights, biases)
+    def forward(how: Composition, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = list(tensors[: how.layers]), list(tensors[how.layers :])
+        how.run(weights, biases)
+        return (*weights[how.layers :], *(biases[slot] for slot in how.made))  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -126,68 +236,90 @@ class _Composed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        with exact_products(tensors[0].device.type):
-            return None, *_pulled(ctx.how, tensors, gradients)
+        how: Composition = ctx.how
+        numbers = _numbers(how, ctx.saved_tensors)
+        pulled: list[Any] = [*(None,) * how.layers, *gradients[: len(how.steps)]]
+        fallen: list[Any] = [None] * len(pulled)
+        for slot, gradient in zip(how.made, gradients[len(how.steps) :], strict=True):
+            fallen[slot] = gradient
+        with exact_products(numbers[0][0].device.type):
+            how.pull(numbers, pulled, fallen)
+        return (None, *pulled[: how.layers], *fallen[: how.layers])
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        return _pushed(ctx.how, ctx.saved_tensors, tangents)
+        how: Composition = ctx.how
+        numbers = _numbers(how, ctx.saved_tensors)
+        moved, risen = list(tangents[: how.layers]), list(tangents[how.layers :])
+        how.push(numbers, moved, risen)
+        weights, biases, _totals = numbers
+        slots = [(moved[slot], weights[slot]) for slot in range(how.layers, len(weights))]
+        slots += [(risen[slot], biases[slot]) for slot in how.made]
+        return tuple(torch.zeros_like(primal) if tangent is None else tangent for tangent, primal in slots)
+
+
+def _numbers(how: Composition, saved: Sequence[Any]) -> Numbers:
+    """Those that go with the tensors given to ``_Composed``, and what it gave."""
+    n, results = how.layers, len(how.steps)
+    weights, biases = [*saved[:n], *saved[2 * n : 2 * n + results]], list(saved[n : 2 * n])
+    own = dict(zip(how.made, saved[2 * n + results :], strict=True))
+    totals: list[Tensor | None] = []
+    for slot, step in enumerate(how.steps, start=n):
+        biases.append(own.get(slot, biases[step.second]))
+        totals.append(None if biases[step.first] is None else over_taps(weights[step.second], step.shape))
+    return weights, biases, totals
 
 
 class _ComposedAtOnce(torch.autograd.Function):
-    """The same, where no transform of ``torch.func`` asks for the context apart: ``apply`` then binds the arguments to
-    the signature at each call, which takes longer than a small product.
+    """The same where no transform of ``torch.func`` is at work: (weight, bias) of the whole, the bias None where it is
+    that of a layer, or none.
+
+    Nothing here but what a training step needs, in straight lines. What lies between is kept for the backward pass
+    without derivatives of its own; where those are asked for, it is computed once more.
     """
 
     @staticmethod
-    def forward(ctx: Any, how: Composition, *tensors: Tensor) -> tuple[Tensor, ...]:
-        made = _Composed.forward(how, *tensors)
-        _Composed.setup_context(ctx, (how, *tensors), made)
-        return made
+    def forward(ctx: Any, how: Composition, *tensors: Tensor | None) -> tuple[Any, Any]:
+        weight, bias, *between = how.forward_lines(*tensors)
+        ctx.how = how
+        ctx.save_for_backward(*tensors, *between)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        return weight, bias
 
-    backward, jvp = staticmethod(_Composed.backward), staticmethod(_Composed.jvp)
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        how: Composition = ctx.how
+        saved = ctx.saved_tensors
+        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        lines = plain and weight is not None and (bias is not None or not how.has_own_bias)
+        if lines and not torch._C._is_any_autocast_enabled():
+            return (None, *how.backward_lines(*saved, weight, bias))
+        with exact_products(saved[0].device.type):
+            if lines:
+                return (None, *how.backward_lines(*saved, weight, bias))
+            return (None, *how.pulled(how.anew(saved[: 2 * how.layers]), weight, bias))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        how: Composition = ctx.how
+        numbers = how.anew(ctx.saved_tensors)
+        moved, risen = list(tangents[: how.layers]), list(tangents[how.layers :])
+        how.push(numbers, moved, risen)
+        weight = torch.zeros_like(numbers[0][-1]) if moved[-1] is None else moved[-1]
+        if not how.has_own_bias:
+            return weight, None
+        return weight, torch.zeros_like(numbers[1][-1]) if risen[-1] is None else risen[-1]
 
 
-def _pulled(how: Composition, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of what is given, from those of what is made."""
-    weights, biases = how.everything(tensors)
-    pulled, fallen = how.everything((*(None,) * (how.layers + len(how.given)), *gradients))
-    for slot, step in reversed(list(enumerate(how.steps, start=how.layers))):
-        first, second = weights[step.first], weights[step.second]
-        after: Tensor | None = None
-        if pulled[slot] is not None:
-            before, after = step.product.pull(first, second, pulled[slot])
-            pulled[step.first] = _sum(pulled[step.first], before)
-        gradient = fallen.get(slot)
-        if gradient is not None:
-            source, beside = how.sources[step.first], how.sources[step.second]
-            before, after = pull_bias(biases[source], second, gradient, step.groups, after)
-            fallen[source] = _sum(fallen[source], before)
-            if beside is not None:
-                fallen[beside] = _sum(fallen[beside], gradient)
-        pulled[step.second] = _sum(pulled[step.second], after)
-    return [*pulled[: how.layers], *(fallen[slot] for slot in how.given)]
-
-
-def _pushed(how: Composition, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The tangents of what is made, from those of what is given: the product rule."""
-    weights, biases = how.everything(tensors)
-    moved, risen = how.inputs(tangents)
-    for slot, step in enumerate(how.steps, start=how.layers):
-        first, second = weights[step.first], weights[step.second]
-        d_first, d_second = moved[step.first], moved[step.second]
-        by_first = None if d_first is None else step.product.weight(d_first, second)
-        moved.append(_sum(by_first, None if d_second is None else step.product.weight(first, d_second)))
-        if how.sources[slot] == slot:
-            source, d_beside = how.sources[step.first], risen.get(how.sources[step.second])
-            by_weight = None if d_second is None else bias_after(biases[source], d_second, d_beside, step.groups)
-            rest = d_beside if by_weight is None else None
-            by_bias = rest if risen[source] is None else bias_after(risen[source], second, rest, step.groups)
-            risen[slot] = _sum(by_weight, by_bias)
-    found = how.results(moved, risen)
-    made = how.results(weights, biases)
-    return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(made, found, strict=True))
+def _at_each_tap(after: Tensor | None, tap: Tensor, shape: Ints) -> Tensor:
+    """``after``, (n, c/G, *k), with ``tap``, (n, c/G), added to each tap: in place where no transform may have one of
+    them in a batch and the other not. Another tensor of its size costs as much as the product.
+    """
+    spread = tap.reshape(*shape[:2], *(1,) * (len(shape) - 2))
+    if after is None:
+        return spread.expand(shape)
+    return after + spread if torch._C._are_functorch_transforms_active() else after.add_(spread)
 
 
 _NOTHING = nullcontext()
@@ -196,8 +328,10 @@ _NOTHING = nullcontext()
 def composed(order: Order, how: Composition | None, chain: Sequence[Kernel]) -> tuple[Tensor, Tensor | None] | Refusal:
     """(weight, bias) of ``chain`` in ``order``: by ``how``, planned for it, where that fits and no compiler follows."""
     biases = [kernel.bias for kernel in chain]
-    if how is not None and how.fits(biases) and not is_followed():
-        return how([kernel.weight for kernel in chain], biases)
+    if how is not None and not is_followed():
+        numbers = how.numbers([kernel.weight for kernel in chain], biases)
+        if numbers is not None:
+            return numbers
     whole = compose_in(order, chain)
     return whole if isinstance(whole, Refusal) else (whole.weight, whole.bias)
 
@@ -234,5 +368,6 @@ def _planned(order: Order, chain: Sequence[Kernel], steps: list[_Step]) -> tuple
     product, whole = product_of(first[1], second[1]), compose(first[1], second[1])
     if product is None or isinstance(whole, Refusal):
         return None
-    steps.append(_Step(first[0], second[0], product, second[1].groups))
+    shape = tuple(second[1].weight.shape)
+    steps.append(_Step(first[0], second[0], product, second[1].groups, shape))
     return len(chain) + len(steps) - 1, whole

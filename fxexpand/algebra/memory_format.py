@@ -27,10 +27,10 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return wanted
 
 
-def common_format(weights: Iterable[Tensor]) -> torch.memory_format:
+def common_format(weights: Iterable[Tensor | None]) -> torch.memory_format:
     """Channels last where one of ``weights`` is: they stand for one layer, and were laid out together."""
     for weight in weights:
-        found = memory_format_of(weight)
+        found = torch.contiguous_format if weight is None else memory_format_of(weight)
         if found is not torch.contiguous_format:
             return found
     return torch.contiguous_format

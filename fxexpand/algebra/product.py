@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Protocol
 
 import torch
@@ -34,22 +34,22 @@ def product_of(first: Kernel, second: Kernel) -> Product | None:
     """
     if first.pointwise or second.pointwise:  # one is a number for each channel: products without a sum
         if second.depthwise:
-            return _scaled_after(first, second)
+            return Scaled.after(first, second)
         if first.depthwise:
-            return _scaled_before(first, second)
+            return Scaled.before(first, second)
     if first.groups != second.groups:
         return None
     if second.pointwise:
-        return PointwiseLast(first.groups)
+        return PointwiseLast.of(first, second)
     if first.pointwise:
-        return PointwiseFirst(first.groups)
+        return PointwiseFirst.of(first, second)
     return Spread.of(first, second)
 
 
 def elements_turned(first: Kernel, second: Kernel) -> int:
     """How many elements of W₂ are moved before and after the product, besides being multiplied."""
-    turns = _few(second.weight) and second.out_channels != second.groups
-    return second.weight.numel() if turns and isinstance(product_of(first, second), PointwiseFirst) else 0
+    product = product_of(first, second)
+    return second.weight.numel() if isinstance(product, PointwiseFirst) and product.turns else 0
 
 
 def tap_spacing(first: Kernel, second: Kernel) -> Ints:
@@ -68,43 +68,77 @@ def tap_spacing(first: Kernel, second: Kernel) -> Ints:
 @dataclass(frozen=True)
 class Scaled:
     """One kernel is depthwise, one pointwise: each number is a product of two. ``left`` and ``right`` are the shapes
-    to give the weights so that they broadcast, ``whole`` that of the result.
+    to give the weights so that they broadcast to ``both``; the others are the shapes of the weights.
     """
 
     left: Ints
     right: Ints
+    both: Ints
+    first: Ints
+    second: Ints
     whole: Ints
+
+    @staticmethod
+    def after(first: Kernel, second: Kernel) -> Scaled:
+        """``second`` is depthwise: (n, m/g, *k₁) · (n, 1, *k₂)."""
+        taps = second.kernel_size if first.pointwise else first.kernel_size
+        shapes = tuple(first.weight.shape), tuple(second.weight.shape)
+        return Scaled(*shapes, torch.broadcast_shapes(*shapes), *shapes, (*first.weight.shape[:2], *taps))
+
+    @staticmethod
+    def before(first: Kernel, second: Kernel) -> Scaled:
+        """``first`` is depthwise: (g, 1, c/g, *k₁) · (g, n/g, c/g, *k₂) -> (n, c/g, *K)."""
+        n, c = second.weight.shape[:2]
+        taps = second.kernel_size if first.pointwise else first.kernel_size
+        g = second.groups
+        shapes = (g, 1, c, *first.kernel_size), (g, n // g, c, *second.kernel_size)
+        own = tuple(first.weight.shape), tuple(second.weight.shape)
+        return Scaled(*shapes, torch.broadcast_shapes(*shapes), *own, (n, c, *taps))
 
     def weight(self, first: Tensor, second: Tensor) -> Tensor:
         return (first.reshape(self.left) * second.reshape(self.right)).reshape(self.whole)
 
     def pull(self, first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = first.reshape(self.left), second.reshape(self.right)
-        both = gradient.reshape(torch.broadcast_shapes(self.left, self.right))
+        left, right, both = first.reshape(self.left), second.reshape(self.right), gradient.reshape(self.both)
         through = (both * right).sum_to_size(self.left), (both * left).sum_to_size(self.right)
-        return through[0].reshape(first.shape), through[1].reshape(second.shape)
+        return through[0].reshape(self.first), through[1].reshape(self.second)
 
 
 @dataclass(frozen=True)
 class PointwiseLast:
-    """The second kernel has one tap: (G, n/G, c/G) @ (G, c/G, m/G·k₁) -> (G, n/G, m/G·k₁)."""
+    """The second kernel has one tap: (G, n/G, c/G) @ (G, c/G, m/G·k₁) -> (G, n/G, m/G·k₁).
 
-    groups: int
+    ``left`` and ``right`` are the shapes of the first and the second kernel as matrices, ``product`` is that of their
+    product; the others are the shapes of the weights.
+    """
+
+    left: Ints
+    right: Ints
+    product: Ints
+    first: Ints
+    second: Ints
+    whole: Ints
+
+    @staticmethod
+    def of(first: Kernel, second: Kernel) -> PointwiseLast:
+        groups, n, c = second.groups, second.out_channels // second.groups, second.weight.shape[1]
+        shape, columns = tuple(first.weight.shape), prod(first.weight.shape[1:])
+        return PointwiseLast(
+            left=(groups, c, columns),
+            right=(groups, n, c),
+            product=(groups, n, columns),
+            first=shape,
+            second=tuple(second.weight.shape),
+            whole=(second.out_channels, *shape[1:]),
+        )
 
     def weight(self, first: Tensor, second: Tensor) -> Tensor:
-        a, b = self._matrices(first, second)
-        return _matmul(b, a).reshape(second.shape[0], *first.shape[1:])
+        return _matmul(second, self.right, first, self.left).reshape(self.whole)
 
     def pull(self, first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self._matrices(first, second)
-        g = gradient.reshape(*b.shape[:-1], a.shape[-1])
-        return _matmul(b.mT, g).reshape(first.shape), _matmul(g, a.mT).reshape(second.shape)
-
-    def _matrices(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        if self.groups == 1:
-            return first.flatten(1), second.flatten(1)
-        count = self.groups
-        return first.reshape(count, first.shape[0] // count, -1), second.reshape(count, -1, second.shape[1])
+        before = _matmul(second, self.right, gradient, self.product, turned=0)
+        after = _matmul(gradient, self.product, first, self.left, turned=1)
+        return before.reshape(self.first), after.reshape(self.second)
 
 
 @dataclass(frozen=True)
@@ -112,35 +146,60 @@ class PointwiseFirst:
     """The first kernel has one tap: for each output channel, (m/G, c/G) @ (c/G, k₂) -> (m/G, k₂)."""
 
     groups: int
+    left: Ints  # (G, c/G, m/G)
+    each: Ints  # (n, c/G, m/G): the first kernel's, once for each output channel
+    right: Ints  # (n, c/G, k₂)
+    product: Ints  # (n, m/G, k₂)
+    first: Ints
+    second: Ints
+    whole: Ints
+    turns: bool  # the taps are moved, so that one product does
+
+    @staticmethod
+    def of(first: Kernel, second: Kernel) -> PointwiseFirst:
+        groups, n, c = second.groups, second.out_channels, second.weight.shape[1]
+        m, taps = first.weight.shape[1], prod(second.kernel_size)
+        return PointwiseFirst(
+            groups=groups,
+            left=(groups, c, m),
+            each=(n, c, m),
+            right=(n, c, taps),
+            product=(n, m, taps),
+            first=tuple(first.weight.shape),
+            second=tuple(second.weight.shape),
+            whole=(n, m, *second.kernel_size),
+            turns=n != groups and _few(taps),
+        )
 
     def weight(self, first: Tensor, second: Tensor) -> Tensor:
-        a, b = self._matrices(first, second)
-        if second.shape[0] == self.groups:
-            product = _matmul(a[:, 0].mT, b[:, 0])
-        elif _few(second):
-            turned = b.mT.reshape(self.groups, -1, a.shape[2])  # (G, n/G·k₂, c/G), so that one product does
-            product = _matmul(turned, a[:, 0]).unflatten(1, (b.shape[1], -1)).mT.contiguous()
-        else:
-            product = a.mT @ b
-        return product.reshape(second.shape[0], first.shape[1], *second.shape[2:])
+        if not self.turns:
+            return _matmul(self._each(first), self.each, second, self.right, turned=0).reshape(self.whole)
+        # (G, n/G·k₂, c/G) @ (G, c/G, m/G)
+        n, m, taps = self.product
+        product = self._turned(second, self.right) @ first.reshape(self.left)
+        return product.reshape(n, taps, m).mT.reshape(self.whole).contiguous()
 
     def pull(self, first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self._matrices(first, second)
-        g = gradient.reshape(*b.shape[:2], a.shape[3], -1)  # (G, n/G, m/G, k₂)
-        if second.shape[0] == self.groups:
-            before, after = _matmul(b[:, 0], g[:, 0].mT), _matmul(a[:, 0], g[:, 0])
-        elif _few(second):
-            turned = g.mT.reshape(self.groups, -1, a.shape[3])  # (G, n/G·k₂, m/G)
-            before = _matmul(b.mT.reshape(self.groups, -1, a.shape[2]).mT, turned)
-            after = _matmul(turned, a[:, 0].mT).unflatten(1, (b.shape[1], -1)).mT.contiguous()
-        else:
-            before, after = (b @ g.mT).sum(1), a @ g
-        return before.reshape(first.shape), after.reshape(second.shape)
+        if not self.turns:
+            before = _matmul(second, self.right, gradient, self.product, turned=1)
+            if self.product[0] != self.groups:
+                before = before.reshape(self.groups, -1, *self.left[1:]).sum(1)
+            after = _matmul(self._each(first), self.each, gradient, self.product)
+            return before.reshape(self.first), after.reshape(self.second)
+        n, c, taps = self.right
+        g = self._turned(gradient, self.product)  # (G, n/G·k₂, m/G)
+        before, after = self._turned(second, self.right).mT @ g, g @ first.reshape(self.left).mT
+        return before.reshape(self.first), after.reshape(n, taps, c).mT.reshape(self.second).contiguous()
 
-    def _matrices(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """(G, 1, c/G, m/G) and (G, n/G, c/G, k₂)."""
-        a = first.reshape(self.groups, 1, first.shape[0] // self.groups, first.shape[1])
-        return a, second.reshape(self.groups, second.shape[0] // self.groups, second.shape[1], -1)
+    def _each(self, first: Tensor) -> Tensor:
+        groups, c, m = self.left
+        if groups == 1:
+            return first.reshape(self.left).expand(self.each)
+        return first.reshape(groups, 1, c, m).expand(groups, self.each[0] // groups, c, m).reshape(self.each)
+
+    def _turned(self, weight: Tensor, shape: Ints) -> Tensor:
+        """(n, ·, k₂) -> (G, n/G·k₂, ·)."""
+        return weight.reshape(shape).mT.reshape(self.groups, -1, shape[1])
 
 
 @dataclass(frozen=True)
@@ -191,33 +250,29 @@ class Spread:
         return weight
 
 
-def _scaled_after(first: Kernel, second: Kernel) -> Scaled:
-    """``second`` is depthwise: (n, m/g, *k₁) · (n, 1, *k₂)."""
-    taps = second.kernel_size if first.pointwise else first.kernel_size
-    return Scaled(tuple(first.weight.shape), tuple(second.weight.shape), (*first.weight.shape[:2], *taps))
+def _matmul(a: Tensor, left: Ints, b: Tensor, right: Ints, turned: int | None = None) -> Tensor:
+    """``a`` @ ``b`` as matrices in batches, of the shapes ``left`` and ``right``; ``turned`` says whether one of them
+    is to be transposed, 0 or 1.
 
-
-def _scaled_before(first: Kernel, second: Kernel) -> Scaled:
-    """``first`` is depthwise: (g, 1, c/g, *k₁) · (g, n/g, c/g, *k₂) -> (n, c/g, *K)."""
-    n, c = second.weight.shape[:2]
-    taps = second.kernel_size if first.pointwise else first.kernel_size
-    g = second.groups
-    return Scaled((g, 1, c, *first.kernel_size), (g, n // g, c, *second.kernel_size), (n, c, *taps))
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``. Many small products that are outer ones, or of a short row, are faster element by element: those of
-    depthwise layers, by factors of 9 and 2 at 960 channels.
+    Many small products that are outer ones, or of a short row, are faster element by element: those of depthwise
+    layers, by factors of 9 and 2 at 960 channels.
     """
-    if a.dim() == 3 and a.shape[2] == 1:
+    batch, rows, inner = (left[0], left[2], left[1]) if turned == 0 else left
+    if batch == 1:  # the batch has an axis of its own all the same
+        a, b = a.reshape(left[1:]), b.reshape(right[1:])
+        return torch.mm(a.t() if turned == 0 else a, b.t() if turned == 1 else b)
+    a, b = a.reshape(left), b.reshape(right)
+    a, b = a.mT if turned == 0 else a, b.mT if turned == 1 else b
+    if inner == 1:
         return a * b
-    if a.dim() == 3 and a.shape[1] == 1 and a.shape[2] <= 8:
+    if rows == 1 and inner <= 8:
         return (a.mT * b).sum(1, keepdim=True)
-    return a @ b
+    return torch.bmm(a, b)
 
 
-def _few(second: Tensor) -> bool:
-    """Whether the taps are so few that one large product, and turning the axes for it, is faster than one for each
-    output channel. Measured on two to a thousand channels: 9 taps are, 25 are not.
+def _few(taps: int) -> bool:
+    """Whether one large product, and turning the axes for it, is faster than one for each output channel.
+
+    Measured on two to a thousand channels: for 9 taps it is, for 25 it is not.
     """
-    return second.shape[2:].numel() < 16
+    return taps < 16

@@ -87,15 +87,16 @@ class Chain:
     def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
         if self.layers and self.how is not None and not is_followed():
             modules = [at(root, path) for path in self.layers]
-            biases = [cast(module.bias) for module in modules]
-            if self.how.fits(biases):
-                return self.like.kernel.over(*self.how([cast(module.weight) for module in modules], biases))
+            weights, biases = [cast(module.weight) for module in modules], [cast(module.bias) for module in modules]
+            found = self.how.numbers(weights, biases)
+            if found is not None:
+                return self.like.kernel.over(*found)
         kernels: list[Kernel] = []
         for part in self.composed:
-            found = part.kernel(root, cast, beside)
-            if isinstance(found, Refusal):
-                return found
-            kernels.append(found)
+            kernel = part.kernel(root, cast, beside)
+            if isinstance(kernel, Refusal):
+                return kernel
+            kernels.append(kernel)
         numbers = composed(self.order, self.how, kernels)
         return numbers if isinstance(numbers, Refusal) else self.like.kernel.over(*numbers)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from fxexpand.algebra.composition import exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
@@ -61,15 +62,18 @@ class Collapsed(Expanded):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- the name that layers of torch have
         """One layer's output: (batch, m, *size) -> (batch, n, *size), or (*, m) -> (*, n)."""
-        if isinstance(cast(object, input), fx.Proxy) or not self._is_as_it_was():
+        layers = None if isinstance(cast(object, input), fx.Proxy) else self._as_they_were()
+        if layers is None:
             return self._in_turn(input)
-        with exact_products(input.device.type):
-            kernel = self._composed()
+        kernel = self._composed(input.device.type)
         if isinstance(kernel, Refusal):
             return self._in_turn(input)
+        weight = kernel.weight
         if self._memory.wanted and not is_followed():
-            self._memory.keep(kernel.weight, self._sources())
-        weight = in_format(kernel.weight, common_format(self._weights()))
+            self._memory.keep(weight, self._sources())
+        if weight.dim() > 2:
+            held = [layer._parameters.get("weight") for layer in layers]
+            weight = in_format(weight, common_format(held))
         return self._assembly.like.apply_with(input, weight, kernel.bias)
 
     def weight_of_step(self) -> Tensor | Refusal:
@@ -80,15 +84,23 @@ class Collapsed(Expanded):
         kept = None if is_followed() else self._memory.take(self._sources())
         if kept is not None:
             return kept
-        with exact_products(next(self.parameters()).device.type):
-            whole = self._composed() if self._is_as_it_was() else self.as_kernel(running=True)
+        device = next(self.parameters()).device.type
+        if self._as_they_were() is not None:
+            whole = self._composed(device)
+        else:
+            with exact_products(device):
+                whole = self.as_kernel(running=True)
         return whole if isinstance(whole, Refusal) else whole.weight
 
-    def _is_as_it_was(self) -> bool:
-        for path, expected in self._expected:  # noqa: SIM110 -- a generator costs as much as what it asks
-            if not expected.matches(at(self, path)):
-                return False
-        return True
+    def _as_they_were(self) -> list[nn.Module] | None:
+        """The modules inside, if each is what it was when the layers were planned."""
+        modules: list[nn.Module] = []
+        for path, expected in self._expected:
+            module = at(self, path)
+            if not expected.matches(module):
+                return None
+            modules.append(module)
+        return modules
 
     def _sources(self) -> list[Tensor]:
         """The tensors that the weight depends on, and those that the bias does."""
@@ -96,18 +108,17 @@ class Collapsed(Expanded):
         held = [[*module._parameters.values(), *module._buffers.values()] for module in modules]
         return [tensor for tensors in held for tensor in tensors if tensor is not None]
 
-    def _weights(self) -> list[Tensor]:
-        held = [at(self, path)._parameters.get("weight") for path, _ in self._expected]
-        return [weight for weight in held if weight is not None]
-
     def _in_turn(self, x: Tensor) -> Tensor:
         if not is_followed():
             self._memory.forget()
         found: Tensor = super().forward(x)
         return found
 
-    def _composed(self) -> Kernel | Refusal:
-        return self._assembly.kernel(self, _as_it_is)
+    def _composed(self, device: str) -> Kernel | Refusal:
+        if not torch._C._is_any_autocast_enabled():
+            return self._assembly.kernel(self, _as_it_is)
+        with exact_products(device):
+            return self._assembly.kernel(self, _as_it_is)
 
 
 class CollapsedChain(Collapsed, ExpandedChain):

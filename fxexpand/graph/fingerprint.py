@@ -48,10 +48,11 @@ class Fingerprint:
             return False
         if self.switched is not None and _switched(module) != self.switched:
             return False
-        if not _have(module._parameters, self.parameters) or (
-            self.buffers and not _have(module._buffers, self.buffers)
-        ):
-            return False
+        for held, shapes in ((module._parameters, self.parameters), (module._buffers, self.buffers)):
+            for name, shape in shapes:
+                tensor: Tensor | None = held.get(name)
+                if (tensor is None) is not (shape is None) or (tensor is not None and tensor.shape != shape):
+                    return False
         for name, of in self.inner:
             child = module._modules.get(name)
             if child is None or not of.matches(child):
@@ -67,17 +68,6 @@ class Fingerprint:
 
 def _shapes(tensors: dict[str, Any]) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
     return tuple((name, None if tensor is None else tuple(tensor.shape)) for name, tensor in tensors.items())
-
-
-def _have(tensors: dict[str, Any], shapes: tuple[tuple[str, tuple[int, ...] | None], ...]) -> bool:
-    for name, shape in shapes:
-        tensor: Tensor | None = tensors.get(name)
-        if tensor is None or shape is None:
-            if tensor is not None or shape is not None:
-                return False
-        elif tensor.shape != shape:
-            return False
-    return True
 
 
 def _switched(module: nn.Module) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import TypeAlias
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import drawing
@@ -98,6 +100,37 @@ def test_second_derivatives(case: tuple[Composition, Order, tuple[Kernel, ...]])
     assert close(second(composed(how, chain, leaves)), second(pair_by_pair(order, chain, leaves)))
 
 
+@given(compositions())
+def test_forward_derivatives_of_gradients(case: tuple[Composition, Order, tuple[Kernel, ...]]) -> None:
+    how, order, chain = case
+    primals = tensors(chain)
+    tangents = [drawing.random(*t.shape) for t in primals]
+
+    def slopes(function: Callable[[Tensors], Tensors]) -> Tensors:
+        with forward_ad.dual_level():
+            duals = tuple(forward_ad.make_dual(p.requires_grad_(), t) for p, t in zip(primals, tangents, strict=True))
+            loss = torch.stack([(t**3).sum() for t in function(duals)]).sum()
+            found = torch.autograd.grad(loss, duals, allow_unused=True, materialize_grads=True)
+            moved = [forward_ad.unpack_dual(gradient).tangent for gradient in found]
+            return tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, moved, strict=True))
+
+    found = slopes(lambda given: composed(how, chain, given))
+    assert close(found, slopes(lambda given: pair_by_pair(order, chain, given)))
+
+
+@given(compositions())
+def test_gradients_of_one_result(case: tuple[Composition, Order, tuple[Kernel, ...]]) -> None:
+    how, order, chain = case
+    leaves = tuple(t.requires_grad_() for t in tensors(chain))
+    for ours, theirs in zip(composed(how, chain, leaves), pair_by_pair(order, chain, leaves), strict=True):
+        upstream = drawing.random(*ours.shape)
+        found, expected = (
+            torch.autograd.grad(y, leaves, upstream, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for y in (ours, theirs)
+        )
+        assert close(found, expected)
+
+
 @given(compositions(), st.data())
 def test_forward_derivatives(case: tuple[Composition, Order, tuple[Kernel, ...]], data: st.DataObject) -> None:
     how, order, chain = case
@@ -173,7 +206,7 @@ def test_biases_that_come_or_go_later_do_not_fit(first: bool, second: bool) -> N
     how = Composition.of((0, 1), chain_of_two(first=True, second=False))
     assert how is not None
     a, b = chain_of_two(first=first, second=second)
-    assert not how.fits((a.bias, b.bias))
+    assert how.numbers((a.weight, b.weight), (a.bias, b.bias)) is None
     with pytest.raises(ValueError, match="expected biases of the layers"):
         how((a.weight, b.weight), (a.bias, b.bias))
 
@@ -182,10 +215,23 @@ def test_copies() -> None:
     chain = chain_of_two(first=True, second=True)
     how = Composition.of((0, 1), chain)
     assert how is not None
+    how([k.weight for k in chain], [k.bias for k in chain])  # what it has traced by then goes with no copy
     for copied in (copy.deepcopy(how), pickle.loads(pickle.dumps(how))):
         found = copied([k.weight for k in chain], [k.bias for k in chain])
         expected = how([k.weight for k in chain], [k.bias for k in chain])
         assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_weight_written_to_before_the_backward_pass_is_an_error() -> None:
+    chain = chain_of_two(first=True, second=True)
+    how = Composition.of((0, 1), chain)
+    assert how is not None
+    leaves = [k.weight.requires_grad_() for k in chain]
+    whole, _ = how(leaves, [k.bias for k in chain])
+    with torch.no_grad():
+        leaves[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        whole.sum().backward()
 
 
 def test_gradients_are_exact_where_backward_runs_under_autocast() -> None:

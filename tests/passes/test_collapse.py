@@ -290,8 +290,8 @@ def test_it_composes_in_the_dtype_of_the_parameters_under_autocast() -> None:
     seen: list[torch.dtype] = []
     original = conv._composed
 
-    def spy() -> Any:
-        kernel = original()
+    def spy(device: str) -> Any:
+        kernel = original(device)
         seen.append(kernel.weight.dtype)
         return kernel
 
