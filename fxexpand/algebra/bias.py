@@ -25,16 +25,16 @@ def bias_after(first: Tensor, total: Tensor, second: Tensor | None, groups: int)
 
     ``total`` is Σ_u W₂, (n, c/G), with ``groups`` = G; ``second`` is b₂.
     """
-    if groups == 1:  # a product like those of the weights, whose code is at hand
-        through = torch.mm(total, first.reshape(-1, 1)).reshape(-1)
-    else:  # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
-        through = (grouped(total, groups) @ first.reshape(groups, -1, 1)).reshape(-1)
+    if groups == 1:
+        return total @ first if second is None else second.addmv(total, first)
+    # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
+    through = (grouped(total, groups) @ first.reshape(groups, -1, 1)).reshape(-1)
     return through if second is None else through + second
 
 
 def pull_bias(first: Tensor, total: Tensor, gradient: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The gradients with respect to b₁, (c,), and to each tap of W₂, (n, c/G), for that of the bias, (n,)."""
-    if groups == 1:
+    if groups == 1:  # products like those of the weights, whose code is at hand
         before, tap = torch.mm(gradient.reshape(1, -1), total), torch.mm(gradient.reshape(-1, 1), first.reshape(1, -1))
         return before.reshape(-1), tap
     g = gradient.reshape(groups, -1, 1)
