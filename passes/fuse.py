@@ -66,8 +66,8 @@ def fuse(
 
     ``when="cheaper"`` merges what then costs no more multiply-accumulates, and takes the cheapest plan; ``"always"``
     merges whatever is exact. Costs are those for ``example_inputs``, the arguments of ``model(...)``; without them, of
-    signals of 64 samples an axis. The inputs also tell how many axes values have, and that an input which is scaled
-    first holds no integers; without them some merges are refused.
+    signals of 64 samples an axis. The inputs also tell how many axes, channels and features values have, and that an
+    input which is scaled first holds no integers; without them some merges are refused.
 
     Under autocast, a layer that stands for a sum gives the lower precision, also where one of its branches did not.
 

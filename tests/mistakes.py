@@ -63,12 +63,12 @@ MUTANTS = [
         "first.stride[axis] * second.dilation[axis]",
         "second.dilation[axis]",
     ),
-    Mutant("flips the kernel", f"{PRODUCT}:Spread.weight", "self._signal(second)", "self._signal(second).flip(-1)"),
+    Mutant("flips the kernel", f"{PRODUCT}:Spread.weight", "(second, self.second)", "(second.flip(-1), self.second)"),
     Mutant(
         "mixes the groups of a spread kernel",
         f"{PRODUCT}:Spread._turned",
-        "signal.unflatten(1, (self.groups, -1)).transpose(0, 1)",
-        "signal.unflatten(1, (self.groups, -1)).transpose(0, 1).flip(0)",
+        "blocks.transpose(0, 1)",
+        "blocks.transpose(0, 1).flip(0)",
     ),
     Mutant(
         "transposes the taps of a pointwise chain",

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fxexpand.algebra.kernel import Ints, grouped
+from fxexpand.algebra.kernel import Ints
 
 
 def over_taps(weight: Tensor, shape: Ints) -> Tensor:
@@ -28,7 +28,7 @@ def bias_after(first: Tensor, total: Tensor, second: Tensor | None, groups: int)
     if groups == 1:
         return total @ first if second is None else second.addmv(total, first)
     # (G, n/G, c/G) @ (G, c/G, 1) -> (G, n/G, 1)
-    through = (grouped(total, groups) @ first.reshape(groups, -1, 1)).reshape(-1)
+    through = (_grouped(total, groups) @ first.reshape(groups, -1, 1)).reshape(-1)
     return through if second is None else through + second
 
 
@@ -38,5 +38,10 @@ def pull_bias(first: Tensor, total: Tensor, gradient: Tensor, groups: int) -> tu
         before, tap = torch.mm(gradient.reshape(1, -1), total), torch.mm(gradient.reshape(-1, 1), first.reshape(1, -1))
         return before.reshape(-1), tap
     g = gradient.reshape(groups, -1, 1)
-    before, tap = g.mT @ grouped(total, groups), g * first.reshape(groups, 1, -1)
-    return before.reshape(-1), tap.flatten(0, 1)
+    before, tap = g.mT @ _grouped(total, groups), g * first.reshape(groups, 1, -1)
+    return before.reshape(-1), tap.reshape(total.shape)
+
+
+def _grouped(total: Tensor, groups: int) -> Tensor:
+    """(n, c/G) -> (G, n/G, c/G)."""
+    return total.reshape(groups, -1, total.shape[1])

@@ -30,7 +30,7 @@ class Composition:
 
     The numbers are those of ``compose_in``. That checks every pair at every call, and records a node for autograd at
     every view, which for small weights costs more than the products; here one function stands for the whole, with its
-    derivatives written out. All transforms of ``torch.func`` go through it, and second derivatives.
+    derivatives written out, second ones and all transforms of ``torch.func`` included.
 
     A kernel is known by its slot: those of the chain, then the results of the steps. ``sources`` has for each slot the
     one whose bias it has: another's where a layer without bias comes first, None where there is none. ``given`` are the
@@ -89,9 +89,12 @@ class Composition:
         return tuple(slot for slot in range(self.layers, len(self.sources)) if self.sources[slot] == slot)
 
     @cached_property
-    def forward_lines(self) -> Callable[..., list[Any]]:
-        """(*weights, *biases) of the layers -> (weight, bias, *between): of the whole, and what ``backward_lines``
-        needs besides. The bias is None where it is not the whole's own.
+    def lines(self) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
+        """Forward and backward, each in straight lines.
+
+        (*weights, *biases) of the layers -> (weight, bias, *between): of the whole, and what the backward pass needs
+        besides; the bias is None where it is not the whole's own. (*weights, *biases, *between, weight's gradient,
+        bias's gradient) -> the gradients of the first two.
         """
 
         def forward(*tensors: Any) -> list[Any]:
@@ -99,32 +102,33 @@ class Composition:
             own = biases[-1] if self.has_own_bias else None
             return [weights[-1], own, *weights[self.layers : -1], *biases[self.layers : -1], *totals]
 
-        return in_lines(forward, 2 * self.layers)
-
-    @cached_property
-    def backward_lines(self) -> Callable[..., list[Any]]:
-        """(*weights, *biases, *between, weight's gradient, bias's gradient) -> the gradients of the first two."""
-        n, inner = self.layers, len(self.steps) - 1
-
         def backward(*tensors: Any) -> list[Any]:
-            *saved, gradient, bias_gradient = tensors
-            weights = [*saved[:n], *saved[2 * n : 2 * n + inner]]
-            biases = self._present([*saved[n : 2 * n], *saved[2 * n + inner : 2 * n + 2 * inner]])
-            totals = saved[2 * n + 2 * inner :]
-            present = [
-                None if biases[step.first] is None else total for step, total in zip(self.steps, totals, strict=True)
-            ]
-            return self.pulled((weights, biases, present), gradient, bias_gradient if self.has_own_bias else None)
+            *saved, weight, bias = tensors
+            return self.pulled(self.kept(saved), weight, bias if self.has_own_bias else None)
 
-        return in_lines(backward, 2 * n + 2 * inner + len(self.steps) + 2)
+        inputs, between = 2 * self.layers, 3 * len(self.steps) - 2
+        return in_lines(forward, inputs), in_lines(backward, inputs + between + 2)
 
     def __getstate__(self) -> dict[str, Any]:  # without the lines, which are made again
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Composition:  # nothing in it changes
+        return self
 
     def anew(self, tensors: Sequence[Any]) -> Numbers:
         """The numbers of all slots, from (*weights, *biases) of the layers."""
         weights, biases = list(tensors[: self.layers]), self._present(tensors[self.layers :])
         return weights, biases, self.run(weights, biases)
+
+    def kept(self, tensors: Sequence[Any]) -> Numbers:
+        """The numbers of all slots but the last, from (*weights, *biases) of the layers and what ``lines`` gives."""
+        n, inner = self.layers, len(self.steps) - 1
+        weights, biases, between = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        totals = [
+            None if self.sources[step.first] is None else total
+            for step, total in zip(self.steps, between[2 * inner :], strict=True)
+        ]
+        return [*weights, *between[:inner]], self._present([*biases, *between[inner : 2 * inner]]), totals
 
     def pulled(self, numbers: Numbers, weight: Tensor | None, bias: Tensor | None) -> list[Any]:
         """The gradients of (*weights, *biases) of the layers, from those of the whole."""
@@ -134,8 +138,9 @@ class Composition:
         return [*pulled[: self.layers], *fallen[: self.layers]]
 
     def _present(self, biases: Sequence[Any]) -> list[Any]:
-        """``biases`` by slot, with None where there is none."""
-        return [None if source is None else bias for bias, source in zip(biases, self.sources, strict=False)]
+        """``biases`` of the first slots, with None where there is none: a function that is traced gets proxies."""
+        sources = self.sources[: len(biases)]
+        return [None if source is None else bias for bias, source in zip(biases, sources, strict=True)]
 
     def run(self, weights: list[Any], biases: list[Any]) -> list[Tensor | None]:
         """Adds the results of the steps to the ``weights`` and ``biases`` of the layers.
@@ -275,12 +280,12 @@ class _ComposedAtOnce(torch.autograd.Function):
     that of a layer, or none.
 
     Nothing here but what a training step needs, in straight lines. What lies between is kept for the backward pass
-    without derivatives of its own; where those are asked for, it is computed once more.
+    without derivatives of its own; where that pass is differentiated in turn, it is computed once more.
     """
 
     @staticmethod
     def forward(ctx: Any, how: Composition, *tensors: Tensor | None) -> tuple[Any, Any]:
-        weight, bias, *between = how.forward_lines(*tensors)
+        weight, bias, *between = how.lines[0](*tensors)
         ctx.how = how
         ctx.save_for_backward(*tensors, *between)
         ctx.save_for_forward(*tensors)
@@ -291,14 +296,14 @@ class _ComposedAtOnce(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         how: Composition = ctx.how
         saved = ctx.saved_tensors
-        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-        lines = plain and weight is not None and (bias is not None or not how.has_own_bias)
-        if lines and not torch._C._is_any_autocast_enabled():
-            return (None, *how.backward_lines(*saved, weight, bias))
+        followed = torch.is_grad_enabled() or forward_ad._current_level >= 0
         with exact_products(saved[0].device.type):
-            if lines:
-                return (None, *how.backward_lines(*saved, weight, bias))
-            return (None, *how.pulled(how.anew(saved[: 2 * how.layers]), weight, bias))
+            if followed:
+                return (None, *how.pulled(how.anew(saved[: 2 * how.layers]), weight, bias))
+            whole = weight is not None and (bias is not None or not how.has_own_bias)
+            if whole and not torch._C._are_functorch_transforms_active():
+                return (None, *how.lines[1](*saved, weight, bias))
+            return (None, *how.pulled(how.kept(saved), weight, bias))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -209,6 +209,8 @@ class Spread:
     stride: Ints
     dilation: Ints
     groups: int
+    second: Ints
+    whole: Ints
 
     @staticmethod
     def of(first: Kernel, second: Kernel) -> Spread:
@@ -218,36 +220,42 @@ class Spread:
             for b, a, s, k in zip(second.dilation, first.stride, steps, second.kernel_size, strict=True)
         ]
         dilation = [a // s if k > 1 else 1 for a, s, k in zip(first.dilation, steps, first.kernel_size, strict=True)]
-        return Spread(tuple(stride), tuple(dilation), first.groups)
+        sizes = [
+            (k2 - 1) * step + (k1 - 1) * tap + 1
+            for k2, step, k1, tap in zip(second.kernel_size, stride, first.kernel_size, dilation, strict=True)
+        ]
+        whole = (second.out_channels, first.weight.shape[1], *sizes)
+        return Spread(tuple(stride), tuple(dilation), first.groups, tuple(second.weight.shape), whole)
 
     def weight(self, first: Tensor, second: Tensor) -> Tensor:
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.stride) - 1]
-        spread = convolve(
-            self._signal(second), first, stride=self.stride, dilation=self.dilation, groups=self.groups
-        )  # (n/G, m, *K)
-        return self._turned(spread).contiguous()
+        signal = self._signal(second, self.second)
+        spread = convolve(signal, first, stride=self.stride, dilation=self.dilation, groups=self.groups)  # (n/G, m, *K)
+        return self._turned(spread, self.whole).contiguous()
 
     def pull(self, first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         zeros = (0,) * len(self.stride)
         after, before, _ = torch.ops.aten.convolution_backward(
-            *(self._signal(gradient).contiguous(), self._signal(second), first, None),
+            *(self._signal(gradient, self.whole).contiguous(), self._signal(second, self.second), first, None),
             *(self.stride, zeros, self.dilation, True, zeros, self.groups, (True, True, False)),
         )
-        return before.contiguous(), self._turned(after).contiguous()
+        return before.contiguous(), self._turned(after, self.second).contiguous()
 
-    def _signal(self, weight: Tensor) -> Tensor:
-        """(n, c/G, *k) -> (n/G, c, *k)."""
+    def _signal(self, weight: Tensor, shape: Ints) -> Tensor:
+        """(n, c/G, *k), which is ``shape``, -> (n/G, c, *k)."""
         if self.groups == 1:
             return weight
-        signal: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1, 2)
-        return signal
+        n, c, *size = shape
+        blocks = weight.reshape(self.groups, n // self.groups, c, *size)
+        return blocks.transpose(0, 1).reshape(n // self.groups, self.groups * c, *size)
 
-    def _turned(self, signal: Tensor) -> Tensor:
-        """(n/G, c, *k) -> (n, c/G, *k)."""
+    def _turned(self, signal: Tensor, shape: Ints) -> Tensor:
+        """(n/G, c, *k) -> (n, c/G, *k), which is ``shape``."""
         if self.groups == 1:
             return signal
-        weight: Tensor = signal.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(0, 1)
-        return weight
+        n, c, *size = shape
+        blocks = signal.reshape(n // self.groups, self.groups, c, *size)
+        return blocks.transpose(0, 1).reshape(shape)
 
 
 def _matmul(a: Tensor, left: Ints, b: Tensor, right: Ints, turned: int | None = None) -> Tensor:

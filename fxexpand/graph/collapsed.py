@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.composition import exact_products, is_followed
@@ -115,8 +114,6 @@ class Collapsed(Expanded):
         return found
 
     def _composed(self, device: str) -> Kernel | Refusal:
-        if not torch._C._is_any_autocast_enabled():
-            return self._assembly.kernel(self, _as_it_is)
         with exact_products(device):
             return self._assembly.kernel(self, _as_it_is)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 import drawing
 from fxexpand.algebra import Kernel
@@ -216,7 +217,8 @@ def test_copies() -> None:
     how = Composition.of((0, 1), chain)
     assert how is not None
     how([k.weight for k in chain], [k.bias for k in chain])  # what it has traced by then goes with no copy
-    for copied in (copy.deepcopy(how), pickle.loads(pickle.dumps(how))):
+    assert copy.deepcopy(how) is how  # so that a copy of a model has nothing to trace
+    for copied in (copy.copy(how), pickle.loads(pickle.dumps(how))):
         found = copied([k.weight for k in chain], [k.bias for k in chain])
         expected = how([k.weight for k in chain], [k.bias for k in chain])
         assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -232,6 +234,71 @@ def test_a_weight_written_to_before_the_backward_pass_is_an_error() -> None:
         leaves[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         whole.sum().backward()
+
+
+def grouped_chain() -> tuple[Composition, list[Kernel], list[Tensor]]:
+    """Two kernels with groups and biases, and their tensors as leaves."""
+    chain = [
+        Kernel(drawing.random(6, 2, 3, 3), drawing.random(6), groups=3),
+        Kernel(drawing.random(9, 2, 3, 3), drawing.random(9), groups=3),
+    ]
+    how = Composition.of((0, 1), chain)
+    assert how is not None
+    return how, chain, [t.requires_grad_() for t in tensors(tuple(chain))]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_several_gradients_at_once_of_one_forward_pass(before: bool) -> None:
+    how, chain, leaves = grouped_chain()
+    whole = how([k.weight for k in chain], [k.bias for k in chain])
+    assert whole[1] is not None
+    outputs = whole[0], whole[1]
+    upstream = [drawing.random(4, *y.shape) for y in outputs]
+    if before:  # a plain step, after which all is traced
+        torch.autograd.grad(outputs, leaves, [g[0] for g in upstream], retain_graph=True)
+
+    def gradients(*g: Tensor) -> Tensors:
+        return torch.autograd.grad(outputs, leaves, g, retain_graph=True)
+
+    expected = tuple(map(torch.stack, zip(*(gradients(*(g[i] for g in upstream)) for i in range(4)), strict=True)))
+    assert close(vmap(gradients)(*upstream), expected)
+    one_bias = torch.autograd.grad(outputs, leaves, (upstream[0][0], upstream[1][0]), retain_graph=True)
+    shared = vmap(gradients, in_dims=(None, 0))(upstream[0][0], upstream[1])
+    assert close(tuple(g[0] for g in shared), one_bias)
+    assert close(torch.autograd.grad(outputs, leaves, upstream, is_grads_batched=True), expected)
+
+
+class Wrapped(Tensor):
+    """A subclass that does nothing of its own."""
+
+
+class Watching(TorchFunctionMode):
+    """Whatever calls give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[type] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.seen.add(type(found))
+        return found
+
+
+def test_subclasses_and_modes_of_torch_see_tensors_alone() -> None:
+    how, chain, leaves = grouped_chain()
+    weights = [k.weight.detach().as_subclass(Wrapped).requires_grad_() for k in chain]
+    whole, _ = how(weights, [k.bias for k in chain])
+    whole.square().sum().backward()
+    assert all(weight.grad is not None for weight in weights)
+    how, chain, leaves = grouped_chain()
+    with Watching() as watching:
+        whole, _ = how([k.weight for k in chain], [k.bias for k in chain])
+        whole.square().sum().backward()
+    assert leaves[0].grad is not None
+    assert fx.Proxy not in watching.seen
 
 
 def test_gradients_are_exact_where_backward_runs_under_autocast() -> None:

@@ -54,12 +54,6 @@ def check_strategy(strategy: Strategy, *, max_examples: int | None = None) -> St
     expanded = 0
     refused: Counter[str] = Counter()
 
-    @settings(
-        max_examples=max_examples or settings().max_examples,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(case=_layers())
     def holds(case: Case) -> None:
         nonlocal expanded
         watched.refusals.clear()
@@ -75,8 +69,13 @@ def check_strategy(strategy: Strategy, *, max_examples: int | None = None) -> St
         else:
             refused["it does not reach them"] += 1
 
-    holds()
-    if not expanded:
+    examples = max_examples or settings().max_examples
+    for count in (examples, 10 * examples):  # few are enough for most; a strategy for few layers may reach none of them
+        options = settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+        options(given(case=_layers())(holds))()
+        if expanded:
+            break
+    else:
         reasons = "; ".join(refused) or "no layer was drawn"
         raise PropertyError(
             f"{strategy}: expected it to take some of {sum(refused.values())} random layers, found none: {reasons}. "
