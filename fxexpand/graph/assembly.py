@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fxexpand.algebra.affine import Affine, Border, identity, in_series, in_sum
 from fxexpand.algebra.channelwise import averaging, normalizing
 from fxexpand.algebra.combine import add
-from fxexpand.algebra.composition import Composition, composed, is_followed
+from fxexpand.algebra.composition import Composition, composed
 from fxexpand.algebra.kernel import Ints, Kernel
+from fxexpand.algebra.modes import is_followed
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, added_step, applied_step, composed_step

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx, nn
 
-from fxexpand.algebra.composition import exact_products, is_followed
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.memory_format import common_format, in_format
+from fxexpand.algebra.modes import exact_products, is_followed
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step
 from fxexpand.graph.assembly import Assembly, Path, at

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fxexpand.algebra.composition import exact_products
+from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed

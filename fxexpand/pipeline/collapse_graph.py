@@ -10,8 +10,8 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from fxexpand.algebra.composition import exact_products
 from fxexpand.algebra.memory_format import in_format, memory_format_of
+from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
 from fxexpand.pipeline.lifted import LiftedWeights, noted

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.composition import Composition, composed, exact_products
+from fxexpand.algebra.composition import Composition, composed
 from fxexpand.algebra.memory_format import Laid, common_format, format_after, in_format
+from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.graph.fingerprint import Fingerprint
