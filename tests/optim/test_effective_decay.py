@@ -147,7 +147,8 @@ def test_its_gradient_is_the_compact_weight(expansion: Expansion) -> None:
     model: Any = expand(nn.Sequential(layer), expansion.strategy)
     penalty = effective_decay(model)
     assert abs(penalty - layer.weight.square().sum() / 2) <= 1e-10 * abs(penalty)
-    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    weights = [parameter for name, parameter in named if name.endswith("weight")]
     found = torch.autograd.grad(penalty, weights)
     pulled = torch.autograd.grad(model[0].weight, weights, layer.weight.detach())
     scale = max(float(gradient.norm()) for gradient in pulled)
