@@ -103,7 +103,7 @@ MUTANTS = [
     ),
     Mutant(
         "drops the gradient of a bias in the middle",
-        "algebra.composition:Composition.pull",
+        "algebra.composition:Composition.pulled",
         "fallen[second] = _sum(fallen[second], gradient)",
         "fallen[second] = fallen[second]",
     ),

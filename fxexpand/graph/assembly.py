@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from fxexpand.algebra.affine import Affine, Border, identity, in_series, in_sum
 from fxexpand.algebra.channelwise import averaging, normalizing
 from fxexpand.algebra.combine import add
-from fxexpand.algebra.composition import Composition, composed
 from fxexpand.algebra.kernel import Ints, Kernel
-from fxexpand.algebra.modes import is_followed
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, added_step, applied_step, composed_step
+from fxexpand.graph.composer import Composer, composed
 from fxexpand.graph.geometry import DIMS, spread
 from fxexpand.graph.layers import has_hooks, peculiarity
 from fxexpand.graph.lift import lift_padded, padding_of
+from fxexpand.graph.modes import is_followed
 from fxexpand.graph.structure import Series, Sum
 
 Path: TypeAlias = tuple[str, ...]
@@ -82,7 +82,7 @@ class Chain:
     parts: tuple[Assembly, ...]
     composed: tuple[Assembly, ...]
     order: Order
-    how: Composition | None
+    how: Composer | None
     layers: tuple[Path, ...]  # those of ``composed``, where all are layers with a weight
 
     def kernel(self, root: nn.Module, cast: Cast, beside: Tensor | None = None) -> Kernel | Refusal:
@@ -215,7 +215,7 @@ def _chain(like: Affine, parts: tuple[Assembly, ...]) -> Chain | Refusal:
         return order
     plain = all(isinstance(part, Leaf) and part.layer for part in kept)
     layers = tuple(part.path for part in kept if isinstance(part, Leaf)) if plain else ()
-    return Chain(like, parts, kept, order, Composition.of(order, kernels), layers)
+    return Chain(like, parts, kept, order, Composer.of(order, kernels), layers)
 
 
 def _layer(module: nn.Module, path: Path) -> Leaf | Refusal:

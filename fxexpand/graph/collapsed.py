@@ -8,13 +8,13 @@ from torch import Tensor, fx, nn
 
 from fxexpand.algebra.kernel import Ints, Kernel
 from fxexpand.algebra.memory_format import common_format, in_format
-from fxexpand.algebra.modes import exact_products, is_followed
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, applied_step
 from fxexpand.graph.assembly import Assembly, Path, at
 from fxexpand.graph.expanded import Expanded, ExpandedChain, ExpandedSum
 from fxexpand.graph.fingerprint import Fingerprint
 from fxexpand.graph.memory import KernelMemory
+from fxexpand.graph.modes import exact_products, is_followed
 
 
 class Collapsed(Expanded):

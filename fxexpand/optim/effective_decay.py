@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.errors import ExpansionError
 from fxexpand.graph.collapsed import Collapsed
 from fxexpand.graph.expanded import Expanded
+from fxexpand.graph.modes import exact_products
 from fxexpand.graph.sharded import is_spread, sharded_part
 from fxexpand.optim.expansions import expansions_of
 

@@ -11,8 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from fxexpand.algebra.memory_format import in_format, memory_format_of
-from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.modes import exact_products
 from fxexpand.graph.rewrite import Edit, EmitStep, rewrite
 from fxexpand.pipeline.lifted import LiftedWeights, noted
 from fxexpand.regions.live_region import LiveRegion

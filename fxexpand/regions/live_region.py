@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.composition import Composition, composed
 from fxexpand.algebra.memory_format import Laid, common_format, format_after, in_format
-from fxexpand.algebra.modes import exact_products
 from fxexpand.algebra.order import Order
 from fxexpand.algebra.refusal import Refusal
+from fxexpand.graph.composer import Composer, composed
 from fxexpand.graph.fingerprint import Fingerprint
+from fxexpand.graph.modes import exact_products
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import Called, Layer, LiveStep, map_of_steps
 
@@ -29,7 +29,7 @@ class Recipe:
 
     parts: tuple[tuple[LiveStep, ...], ...]
     order: Order
-    composition: Composition | None
+    composer: Composer | None
     like: Affine
     rank: int | None
 
@@ -118,4 +118,4 @@ class LiveRegion(nn.Module):
         kernels = [found.kernel for found in maps]
         if len({kernel.weight.dtype for kernel in kernels}) > 1:
             return Refusal("its layers have several dtypes")
-        return composed(self._recipe.order, self._recipe.composition, kernels)
+        return composed(self._recipe.order, self._recipe.composer, kernels)

@@ -11,11 +11,11 @@ from typing import cast
 from torch import fx, nn
 
 from fxexpand.algebra.affine import Affine
-from fxexpand.algebra.composition import Composition
 from fxexpand.algebra.kernel import Kernel
 from fxexpand.algebra.order import Order, cheapest_order
 from fxexpand.algebra.refusal import Refusal
 from fxexpand.algebra.step_cost import StepCost, added_step, applied_step, composed_step
+from fxexpand.graph.composer import Composer
 from fxexpand.graph.expanded import Expanded
 from fxexpand.graph.record import Record
 from fxexpand.regions.live import CODE, LiveStep, live_map, live_steps, weight_beside
@@ -133,7 +133,7 @@ def _plan(reading: Reading, merge: Merge) -> LivePlan | Refusal:
         return whole or Refusal("it leaves its input as it is")
     if whole.dims == 0 and whole.kernel.groups > 1:
         return Refusal("a linear layer with groups would be made dense at each call")
-    recipe = Recipe(tuple(parts), order, Composition.of(order, chain), whole, _rank(reading, merge))
+    recipe = Recipe(tuple(parts), order, Composer.of(order, chain), whole, _rank(reading, merge))
     region = LiveRegion(recipe, record, [attrgetter(path)(reading.gm) for path in record.paths])
     return LivePlan(
         reading,

@@ -22,9 +22,9 @@ import fxexpand
 from fxexpand import CK, CL, FC
 from fxexpand.algebra import Kernel, add, compose, concatenate, scaled
 from fxexpand.algebra.compose import compose_rounded
-from fxexpand.algebra.composition import Composition
 from fxexpand.algebra.kernel import with_groups
 from fxexpand.algebra.order import compose_in
+from fxexpand.graph.composer import Composer
 from fxexpand.testing import Case, assert_equivalent, check_model, expandable_layers, linear_chains
 from fxexpand.testing.draw.drafts import ConvDraft
 from fxexpand.testing.draw.sizes import PADDING_MODES, divisors
@@ -65,11 +65,12 @@ def trained(pair: Pair) -> None:
     """The derivatives written out are those that autograd finds for composing pair by pair, biases included."""
     last = Kernel(drawing.random(3, pair[1].out_channels, *(1,) * pair[1].dims), drawing.random(3))
     chain = [replace(kernel, padding=((0, 0),) * kernel.dims) for kernel in (*pair, last)]
-    how, whole = Composition.of(((0, 1), 2), chain), compose_in(((0, 1), 2), chain)
+    how, whole = Composer.of(((0, 1), 2), chain), compose_in(((0, 1), 2), chain)
     if how is None or not isinstance(whole, Kernel):
         return
     leaves = [t.requires_grad_() for k in chain for t in (k.weight, k.bias) if t is not None]
-    found, expected = how([k.weight for k in chain], [k.bias for k in chain]), compose_in(((0, 1), 2), chain)
+    found, expected = how.numbers([k.weight for k in chain], [k.bias for k in chain]), compose_in(((0, 1), 2), chain)
+    assert found is not None
     assert isinstance(expected, Kernel)
     assert found[1] is not None
     assert expected.bias is not None

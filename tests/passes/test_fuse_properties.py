@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, assume, find, given, settings
+from hypothesis import Phase, find, given, settings
 from torch import Tensor, fx, nn
 
 import fxexpand
@@ -29,22 +29,22 @@ def graph_in(case: Case) -> fx.GraphModule:
     return gm
 
 
-def inputs_of_other_sizes(
-    case: Case, more: tuple[int, int, int], *, features: bool = True
-) -> tuple[Tensor, ...] | None:
-    """Longer inputs with as many axes, if the model runs on them; the last axis is longer if ``features`` may be."""
+def inputs_of_other_sizes(case: Case, more: tuple[int, int, int]) -> tuple[Tensor, ...] | None:
+    """Longer inputs with as many axes, if the model runs on them."""
     shape = case.inputs[0].shape
-    longer = [*shape[:2], *(length + extra for length, extra in zip(shape[2:], more, strict=False))]
-    if not features:
-        longer[-1] = shape[-1]
+    longer = (*shape[:2], *(length + extra for length, extra in zip(shape[2:], more, strict=False)))
     inputs = tuple(torch.randn(longer, dtype=torch.float64) for _ in case.inputs)
     return inputs if _runs(case, inputs) else None
 
 
 def _runs(case: Case, inputs: tuple[Tensor, ...]) -> bool:
+    return _takes(graph_in(case), inputs)
+
+
+def _takes(gm: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool:
     try:
         with torch.no_grad():
-            fx.Interpreter(graph_in(case)).run(*(x.clone() for x in inputs))  # a GraphModule prints what it raises
+            fx.Interpreter(gm).run(*(x.clone() for x in inputs))  # a GraphModule prints what it raises
     except (RuntimeError, ValueError, IndexError):
         return False
     return True
@@ -87,11 +87,13 @@ extras = st.tuples(*[st.integers(0, 3)] * 3)
 @both
 @given(case=linear_graphs(), more=extras)
 def test_with_example_inputs_it_keeps_the_function(when: When, case: Case, more: tuple[int, int, int]) -> None:
-    """Also for longer signals; of as many features, where a part of the input's features is all that a layer reads."""
+    """Also for longer signals. Where a layer reads a part of the input, other features than the example's may be an
+    error, but no other numbers.
+    """
     fused = fuse(case, when, informed=True)
     assert_equivalent(case.module, fused, *case.inputs)
-    longer = inputs_of_other_sizes(case, more, features=not _cuts_the_input(case))
-    if longer is not None:
+    longer = inputs_of_other_sizes(case, more)
+    if longer is not None and not (_cuts_the_input(case) and not all(_takes(gm, longer) for gm in _graphs(fused))):
         assert_equivalent(case.module, fused, *longer)
 
 
@@ -115,12 +117,13 @@ def test_without_example_inputs_it_keeps_the_function(when: When, case: Case, mo
 
     Beside a ``Conv1d`` it is taken to see batches, which no input of two axes holds.
     """
-    assume(case.inputs[0].dim() > 2 or not (_norms(case.module) and _calls_conv1d(case)))
     fused = fuse(case, when, informed=False)
-    assert_equivalent(case.module, fused, *case.inputs)
     fewer = None if _norms(case.module) else tuple(x[0] for x in case.inputs)
     further = tuple(x[None] for x in case.inputs)
-    for inputs in (inputs_of_other_sizes(case, more), fewer, further):
+    unbatched = case.inputs[0].dim() == 2 and _norms(case.module) and _calls_conv1d(case)
+    if not unbatched:
+        assert_equivalent(case.module, fused, *case.inputs)
+    for inputs in (further,) if unbatched else (inputs_of_other_sizes(case, more), fewer, further):
         if inputs is not None and _runs(case, inputs):
             assert_equivalent(case.module, fused, *inputs)
 
@@ -179,14 +182,14 @@ def test_explain_gives_nodes_and_reasons(case: Case, informed: bool) -> None:
 
 def test_the_drawn_graphs_have_much_to_fuse() -> None:
     """Else the properties above would hold for a pass that does nothing."""
-    searching = settings(max_examples=2000, database=None, phases=[Phase.generate])  # any will do, however large
+    searching = settings(max_examples=10_000, database=None, phases=[Phase.generate])  # any will do, however large
 
-    def shrinks(case: Case) -> bool:  # of some thirty that are drawn, one
+    def shrinks(case: Case) -> bool:  # of some five hundred that are drawn, one
         fused = fuse(case, "cheaper", informed=True)
         branched = any(len(node.users) > 1 for node in graph_in(case).graph.nodes)
-        return branched and layer_calls(fused) < layer_calls(case.module)
+        return branched and layer_calls(fused) <= layer_calls(case.module) - 2
 
-    assert layer_calls(find(linear_graphs(), shrinks, settings=searching).module) >= 2
+    assert layer_calls(find(linear_graphs(), shrinks, settings=searching).module) >= 3
 
     def folds(case: Case) -> bool:
         return _norms(case.module) > _norms(fuse(case, "cheaper", informed=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import drawing
-from fxexpand.algebra.lines import in_lines
+from fxexpand.graph.lines import in_lines
 
 
 def powers(x: Tensor, y: Tensor | None) -> list[Tensor | None]:
