@@ -17,9 +17,9 @@ from fxexpand.testing import Case, assert_equivalent, linear_graphs
 
 When = Literal["cheaper", "always"]
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-_LAYER_CALLS = {
-    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("linear", "matmul", "mm", "addmm"),
+_FEATURE_CALLS = {"linear", "matmul", "mm", "addmm"}
+_LAYER_CALLS = _FEATURE_CALLS | {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 }
 
 
@@ -87,13 +87,13 @@ extras = st.tuples(*[st.integers(0, 3)] * 3)
 @both
 @given(case=linear_graphs(), more=extras)
 def test_with_example_inputs_it_keeps_the_function(when: When, case: Case, more: tuple[int, int, int]) -> None:
-    """Also for longer signals. Where a layer reads a part of the input, other features than the example's may be an
-    error, but no other numbers.
+    """Also for longer signals. Where a linear layer reads some features of its input, other than the example's number
+    of them may be an error, but no other numbers.
     """
     fused = fuse(case, when, informed=True)
     assert_equivalent(case.module, fused, *case.inputs)
     longer = inputs_of_other_sizes(case, more)
-    if longer is not None and not (_cuts_the_input(case) and not all(_takes(gm, longer) for gm in _graphs(fused))):
+    if longer is not None and not (_picks_features(case) and not all(_takes(gm, longer) for gm in _graphs(fused))):
         assert_equivalent(case.module, fused, *longer)
 
 
@@ -105,9 +105,18 @@ def _calls_conv1d(case: Case) -> bool:
     )
 
 
-def _cuts_the_input(case: Case) -> bool:
-    graph = graph_in(case).graph
-    return any(node.target is operator.getitem for x in graph.find_nodes(op="placeholder") for node in x.users)
+def _picks_features(case: Case) -> bool:
+    """Whether a linear layer may read some of its input's features only, so that their number is the example's."""
+    gm = graph_in(case)
+    picks = any(node.target in (operator.getitem, torch.narrow) for node in gm.graph.nodes)
+    return picks and _reads_features(gm)
+
+
+def _reads_features(gm: fx.GraphModule) -> bool:
+    modules = [gm.get_submodule(str(node.target)) for node in gm.graph.find_nodes(op="call_module")]
+    return any(isinstance(module, nn.Linear) for module in modules) or any(
+        getattr(node.target, "__name__", "") in _FEATURE_CALLS for node in gm.graph.nodes
+    )
 
 
 @both
