@@ -56,7 +56,8 @@ def dtypes_of(reading: Reading) -> dict[fx.Node, Known]:
     """The dtypes of the values of a graph: as the example inputs tell them, else as far as weights and calls do."""
     found: dict[fx.Node, Known] = {}
     for node in reading.gm.graph.nodes:
-        found[node] = reading.shapes.dtypes.get(node) or _given_by(reading, node, found)
+        known = reading.shapes.dtypes.get(node) or _given_by(reading, node, found)
+        found[node] = known if isinstance(known, torch.dtype) else _asked_by_a_layer(reading, node) or known
     return found
 
 
@@ -98,6 +99,15 @@ def _first_promoting(source: fx.Node, nodes: Sequence[tuple[fx.Node, Part | None
 
 def _floats(known: Known) -> bool:
     return known.is_floating_point if isinstance(known, torch.dtype) else known is FLOATING
+
+
+def _asked_by_a_layer(reading: Reading, node: fx.Node) -> torch.dtype | None:
+    """The dtype without which a layer that reads ``node`` as it is would not run."""
+    for user in node.users:
+        part = reading.part(user)
+        if isinstance(part, Unary) and part.computes and part.source is node:
+            return part.tensors[0].dtype
+    return None
 
 
 def _given_by(reading: Reading, node: fx.Node, found: dict[fx.Node, Known]) -> Known:

@@ -222,6 +222,25 @@ def test_a_layer_that_reads_the_input_itself_tells_it() -> None:
     assert convolves_its_input(fxexpand.fuse(Branches().eval()))
 
 
+def test_a_layer_that_reads_the_input_tells_what_comes_after_another() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.norm = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4, affine=False)
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x + self.mix(x))
+            z: Tensor = self.mix(y + y * self.scale)
+            return z
+
+    once = fxexpand.fuse(Residual().eval())
+    again = fxexpand.fuse(once)
+    assert isinstance(once, fx.GraphModule) and isinstance(again, fx.GraphModule)
+    assert {"mul", "add_1"}.isdisjoint(node.name for node in once.graph.nodes)
+    assert [node.target for node in again.graph.nodes] == [node.target for node in once.graph.nodes]
+
+
 def test_the_reason() -> None:
     text = str(fxexpand.explain(Images(SCALES["quotient"]).eval()))
     assert "truediv may give torch.float32 where x is of another dtype; pass example inputs" in " ".join(text.split())
