@@ -71,8 +71,13 @@ def build(name: str, batch: int = 2, dtype: torch.dtype = torch.float64) -> tupl
         "video": _video,
     }
     model, inputs = make[task_of(name)](name, batch)
-    moved: Inputs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype), inputs)
-    return as_trained(model.to(dtype).eval()), moved
+    return as_trained(model.to(dtype).eval()), cast(inputs, dtype)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Every tensor of ``inputs`` in ``dtype``."""
+    found: Inputs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype), inputs)
+    return found
 
 
 def _classifier(name: str, batch: int) -> tuple[nn.Module, Inputs]:

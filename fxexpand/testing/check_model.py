@@ -151,6 +151,7 @@ class _Battery:
         agreement(where, big, observed(small, self.inputs))
         after = observed(restored, self.inputs)
         found = agreement(where, self.before, after, through=[big.rounding])
+        self._big = None  # the last property that looks at it: large models need the room
         return Outcome(where, f"{len(small.state_dict())} tensors under their names", agreement=found)
 
     def fuse_agrees(self, where: str) -> Outcome:

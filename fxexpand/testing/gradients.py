@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -15,6 +16,9 @@ from fxexpand.testing.tolerance import measured
 
 Gradients = dict[str, Tensor]
 
+# Comparing takes three sets of gradients beside the models; those of large models are compared part by part.
+_BYTES_AT_ONCE = 2**29
+
 
 def gradients(model: nn.Module, inputs: tuple[object, ...]) -> Gradients:
     """The gradients of ½·Σ|y|² by the parameters, in eval mode; those that do not depend on any are left out.
@@ -25,8 +29,12 @@ def gradients(model: nn.Module, inputs: tuple[object, ...]) -> Gradients:
         return _gradients(model, *copied(inputs))
 
 
-def _gradients(model: nn.Module, *own: object) -> Gradients:
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _gradients(model: nn.Module, *own: object, names: Container[str] | None = None) -> Gradients:
+    named = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (names is None or name in names)
+    }
     with torch.enable_grad():
         outputs = [x for x in pytree.tree_leaves(model(*own)) if isinstance(x, Tensor) and x.requires_grad]
         if not outputs or not named:
@@ -38,25 +46,42 @@ def _gradients(model: nn.Module, *own: object) -> Gradients:
 
 def gradients_agree(where: str, a: nn.Module, b: nn.Module, inputs: tuple[object, ...]) -> Agreement:
     """That both models have the same gradients, by name. Raises ``PropertyError``."""
-    return agreement(f"{where}: gradients", _observed(a, inputs), _observed(b, inputs))
+    found = [
+        agreement(f"{where}: gradients", _observed(a, inputs, names), _observed(b, inputs, names))
+        for names in _parts(a, b)
+    ]
+    return max(found, key=lambda each: each.share)
 
 
-def _observed(model: nn.Module, inputs: tuple[object, ...]) -> Observed:
-    leaves, rounding = measured(partial(_gradients, model), inputs, model)
+def _parts(*models: nn.Module) -> list[set[str]]:
+    """The names of all parameters, in sets that take some memory and no more, or are one parameter."""
+    parts: list[set[str]] = [set()]
+    taken = 0
+    for name, parameter in {name: p for model in models for name, p in model.named_parameters()}.items():
+        if taken + parameter.nbytes > _BYTES_AT_ONCE and parts[-1]:
+            parts.append(set())
+            taken = 0
+        parts[-1].add(name)
+        taken += parameter.nbytes
+    return parts
+
+
+def _observed(model: nn.Module, inputs: tuple[object, ...], names: Container[str]) -> Observed:
+    leaves, rounding = measured(partial(_gradients, model, names=names), inputs, model)
     return Observed(model, inputs, leaves, rounding)
 
 
 def gradients_flow(where: str, model: nn.Module, big: nn.Module, inputs: tuple[object, ...]) -> str:
     """That the parameters of each expansion have gradients, finite, and not zero where the old layer's are not."""
-    before, after = gradients(model, inputs), gradients(big, inputs)
+    reached_before = {name for name, gradient in gradients(model, inputs).items() if gradient.any()}
+    after = gradients(big, inputs)
     reached = 0
     expansions = [module for module in big.modules() if isinstance(module, Expanded)]
     fixed = {id(module.get_parameter(name)) for module in expansions for name in module.fixed}
     for path, module in big.named_modules():
         if not isinstance(module, Expanded):
             continue
-        old = before.get(f"{path}.weight", before.get(path))
-        if old is None or not old.any():
+        if f"{path}.weight" not in reached_before and path not in reached_before:
             continue  # nothing reached the old layer either
         for name, parameter in module.named_parameters(prefix=path):
             if id(parameter) in fixed:

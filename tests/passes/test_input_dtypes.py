@@ -236,7 +236,8 @@ def test_a_layer_that_reads_the_input_tells_what_comes_after_another() -> None:
 
     once = fxexpand.fuse(Residual().eval())
     again = fxexpand.fuse(once)
-    assert isinstance(once, fx.GraphModule) and isinstance(again, fx.GraphModule)
+    assert isinstance(once, fx.GraphModule)
+    assert isinstance(again, fx.GraphModule)
     assert {"mul", "add_1"}.isdisjoint(node.name for node in once.graph.nodes)
     assert [node.target for node in again.graph.nodes] == [node.target for node in once.graph.nodes]
 

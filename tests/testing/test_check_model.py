@@ -238,29 +238,43 @@ def test_a_wrong_compiler_is_found() -> None:
         check(network(), X, backend=wrong)
 
 
-def test_gradients_that_differ_where_outputs_agree_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
+class _Multiplied(torch.autograd.Function):
+    """The value as it is, and ``by`` times its gradient."""
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-            return 2 * gradients[0]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x.clone()
 
-    class Doubling(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.by * gradients[0], None
 
-        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-            return self.inner.named_parameters(*args, **kwargs)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return Twice.apply(self.inner(x))  # type: ignore[no-any-return]
+class WrongGradient(nn.Module):
+    """Returns what ``inner`` returns; the gradient of the bias of its last layer is another, by a millionth."""
 
-    monkeypatch.setattr(BATTERY, "collapse", lambda model: Doubling(fxexpand.collapse(model)))
-    with pytest.raises(PropertyError, match="collapse agrees: gradients: output"):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.inner.get_parameter("5.linear_1.bias")
+        y: Tensor = self.inner(x) + _Multiplied.apply(bias, 1e-6) - bias.detach()
+        return y
+
+
+@pytest.mark.parametrize("bytes_at_once", [2**29, 500, 0], ids=["together", "in parts", "one by one"])
+def test_gradients_that_differ_where_outputs_agree_are_found(
+    bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxexpand.testing.gradients._BYTES_AT_ONCE", bytes_at_once)
+    assert check(network(), X).held == PROPERTIES
+    monkeypatch.setattr(BATTERY, "collapse", lambda model: WrongGradient(fxexpand.collapse(model)))
+    with pytest.raises(PropertyError, match=r"collapse agrees: gradients: output\['5\.linear_1\.bias'\]"):
         check(network(), X)
 
 
